@@ -1,0 +1,210 @@
+"""The tables of results: what sweep.py writes, from the event files of the runs, and the other programs read."""
+
+import csv
+import importlib
+import json
+import os
+import re
+import statistics
+import sys
+from collections import deque
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ["script", "env_id", "label", "seed", "global_step", "wall_clock_s"]
+COLUMNS += ["agent", "episodic_return", "episodes", "commit"]
+FINAL_EPISODES, FINAL_SEED = 1_000, 10_000  # of the last evaluation: episodes, and what is added to the run's seed
+WINDOW = 25  # points of charts/episodic_return in a row of relaxed-training: of 1,000 steps or 40 episodes of mpe2 each
+
+
+class UsageError(Exception):
+    """A mistake of the user's, in one line. The commands exit with status 2."""
+
+
+def load_script(name: str):
+    """The module of one of the two scripts."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(Path(name).stem)
+
+
+class Table:
+    """A CSV of results. Only this process writes it, whole rows at a time, and no row twice."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows, text = path, {}, path.read_text() if path.exists() else ""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = text[: text.rfind("\n") + 1]  # a row that was being written when all ended has no line end
+        for number, row in enumerate(csv.reader(whole.splitlines()), 1):
+            if len(row) != len(COLUMNS) or (number == 1) != (row == COLUMNS):
+                raise UsageError(f"{path}:{number}: this is no row of {','.join(COLUMNS)}")
+            if number > 1:
+                self.rows.setdefault(self.key(row), row)
+        if text != whole or not whole:
+            self.rewrite()
+
+    @staticmethod
+    def key(row: list) -> tuple:
+        values = dict(zip(COLUMNS, map(str, row), strict=True))
+        return tuple(values[name] for name in COLUMNS if name not in ("wall_clock_s", "episodic_return", "commit"))
+
+    def append(self, rows: list[list]) -> None:
+        new = {self.key(row): list(map(str, row)) for row in rows if self.key(row) not in self.rows}
+        if new:
+            self.rows |= new
+            with open(self.path, "ab", buffering=0) as file:  # one write for all of them
+                file.write("".join(",".join(row) + "\n" for row in new.values()).encode())
+                os.fsync(file.fileno())
+
+    def remove(self, *run: str) -> None:
+        """Removes the rows of a script, game, label and seed."""
+        kept = {key: row for key, row in self.rows.items() if key[:4] != run}
+        if len(kept) < len(self.rows):
+            self.rows = kept
+            self.rewrite()
+
+    def rewrite(self) -> None:
+        new = self.path.with_suffix(".tmp")
+        new.write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *self.rows.values()]))
+        new.replace(self.path)
+
+
+class Curve:
+    """The points in the event files of a run, read further with every `read`: (tag, step) to (value, seconds)."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.files, self.points, self.step = folder, {}, {}, 0
+
+    def read(self) -> None:
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+        for path in sorted(self.folder.glob("runs/*/events.out.tfevents.*")):
+            state = self.files.setdefault(path, {"loader": LegacyEventFileLoader(str(path)), "offset": 0.0})
+            for event in state["loader"].Load():
+                first = state.setdefault("first", event.wall_time)
+                if event.HasField("session_log"):  # the run went on from a checkpoint before this step
+                    before = [seconds for (_, step), (_, seconds) in self.points.items() if step < event.step]
+                    state["offset"] = max(before, default=0.0)
+                for value in event.summary.value:
+                    if value.HasField("simple_value"):
+                        self.step = event.step
+                        point = value.simple_value, state["offset"] + event.wall_time - first
+                        self.points[value.tag, event.step] = point
+
+
+def result_rows(run, label: str) -> list[list]:
+    """The rows of a `Run` of sweep.py so far, by step."""
+    tag, rows, training = "eval/episodic_return", [], label.endswith("training")
+    if training:
+        tag = "charts/episodic_return"
+    points = [(step, name, *point) for (name, step), point in run.curve.points.items() if name.startswith(tag)]
+    windows = {}
+    for step, name, value, seconds in sorted(points):
+        agent, episodes = name.removeprefix(tag).strip("/") or "sum", run.eval_episodes
+        if training:
+            windows.setdefault(agent, deque(maxlen=WINDOW)).append(value)
+            if len(windows[agent]) < WINDOW or step % (WINDOW * 1_000) >= 1_000:
+                continue
+            value, episodes = sum(windows[agent]) / WINDOW, 40 * WINDOW
+        rows.append([step, seconds, agent, value, episodes])
+    final = run.folder / "final.json"
+    if final.exists() and not training:
+        last = json.loads(final.read_text())
+        seconds = max(seconds for _, _, _, seconds in points)
+        rows += [[last["step"], seconds, agent, value, FINAL_EPISODES] for agent, value in last["returns"].items()]
+    about = run.script, run.env_id, label, run.seed
+    return [[*about, step, f"{s:.1f}", agent, f"{value:.4f}", n, run.commit] for step, s, agent, value, n in rows]
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+# Published scores of games in which all agents want the same, or the opponent is fixed, converted to this environment:
+# script, game, how the label begins, side (as in `sides`), return of one agent, whose and after how many steps, source.
+LEVELS = [
+    ("continuous", "simple_spread_v3", "", "agent", -9.0, "XuanCe MADDPG, 5M", "XuanCe's benchmark curves, 5 seeds"),
+    ("continuous", "simple_spread_v3", "", "agent", -10.2, "legalaspro, 1.5M", "maddpg-zoo-torch's data, 1 seed"),
+    ("continuous", "simple_spread_v3", "", "agent", -8.1, "script: i to landmark i", "simulated on mpe2 1.1.1"),
+    ("discrete", "simple_spread_v3", "", "agent", -12.1, "openai/maddpg, 1.5M", "maddpg-rllib's plots, 10 runs"),
+    ("discrete", "simple_spread_v3", "", "agent", -9.8, "QMIX, 2M", "EPyMARL, arXiv 2006.07869"),
+    ("discrete", "simple_spread_v3", "", "agent", -8.4, "MAPPO, 10M", "EPyMARL, arXiv 2006.07869"),
+    ("discrete", "simple_spread_v3", "relaxed", "agent", -35 / 3, "original, 625k", "google/maddpg-replication's logs"),
+    ("discrete", "simple_spread_v3", "relaxed", "agent", -27 / 3, "original, 1.5M", "google/maddpg-replication's logs"),
+    ("continuous", "simple_speaker_listener_v4", "", "speaker", -6.9, "HARL MADDPG", "HARL's learning curves"),
+    ("continuous", "simple_speaker_listener_v4", "", "speaker", -6.3, "HARL MATD3, 5M", "HARL's learning curves"),
+    ("discrete", "simple_speaker_listener_v4", "", "speaker", -8.2, "EPyMARL MADDPG", "arXiv 2006.07869"),
+    ("discrete", "simple_speaker_listener_v4", "", "speaker", -8.4, "openai/maddpg, good runs", "maddpg-rllib's plots"),
+    ("continuous", "simple_reference_v3", "", "agent", -16.9 / 2, "HARL MADDPG, 5M", "HARL's curves, team -16.9"),
+    ("continuous", "simple_reference_v3", "", "agent", -13.9 / 2, "HARL MATD3, 5M", "HARL's curves, team -13.9"),
+    (
+        "continuous",
+        "simple_tag_v3",
+        "random-prey",
+        "adversary",
+        65.0,
+        "script: greedy chasers",
+        "simulated on mpe2 1.1.1",
+    ),
+    (
+        "discrete",
+        "simple_tag_v3",
+        "random-prey",
+        "adversary",
+        65.0,
+        "script: greedy chasers",
+        "simulated on mpe2 1.1.1",
+    ),
+]
+
+
+def levels(script: str, env_id: str, label: str, side: str) -> list[tuple[float, str]]:
+    """Published scores to compare with: mean return of one agent, and whose. Relaxed runs have levels of their own."""
+    return [
+        (value, whose)
+        for kind, game, start, of, value, whose, _ in LEVELS
+        if (script, env_id, side) == (f"maddpg_{kind}.py", game, of)
+        and label.startswith(start)
+        and label.startswith("relaxed") == (start == "relaxed")
+    ]
+
+
+def side_of(agent: str) -> str:
+    return re.sub(r"_?\d+$", "", agent)
+
+
+def sides(rows: list[dict]) -> dict[str, dict]:
+    """Rows of one run by side, the agents whose names differ in their number only: to (step, episodes) to a point.
+
+    A point is the mean return of one agent of the side and the wall-clock time. A side whose returns equal those of a
+    side before it is left out, as in games where all get one reward.
+    """
+    found = {}
+    for row in rows:
+        if row["agent"] != "sum":
+            at = int(row["global_step"]), int(row["episodes"])
+            point = float(row["episodic_return"]), float(row["wall_clock_s"])
+            found.setdefault(side_of(row["agent"]), {}).setdefault(at, []).append(point)
+    means = {
+        s: {at: tuple(map(statistics.fmean, zip(*p, strict=True))) for at, p in v.items()} for s, v in found.items()
+    }
+    return {side: v for n, (side, v) in enumerate(means.items()) if v not in list(means.values())[:n]}
+
+
+def read_tables(paths: list[Path]) -> dict[tuple[str, str, str, str], dict[int, list[dict]]]:
+    """Rows of these tables of results, of all in results/ if none is named: (table, script, game, label) to seed."""
+    if not paths:
+        head = ",".join(COLUMNS)
+        paths = [p for p in sorted((ROOT / "benchmark/results").glob("*.csv")) if p.read_text().startswith(head)]
+    runs = {}
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"there is no {path}")
+        for row in Table(path).rows.values():
+            row = dict(zip(COLUMNS, row, strict=True))
+            key = path.stem, row["script"], row["env_id"], row["label"]
+            runs.setdefault(key, {}).setdefault(int(row["seed"]), []).append(row)
+    return runs
+
+
+def last_point(points: dict) -> tuple[int, float, float] | None:
+    """Step, return and time of the run's last rows, if it has them: its 1,000 episodes."""
+    finals = [(at[0], *point) for at, point in sorted(points.items()) if at[1] >= FINAL_EPISODES]
+    return finals[-1] if finals else None

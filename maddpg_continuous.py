@@ -1,0 +1,924 @@
+"""MADDPG for continuous actions in one file: Multi-Agent Deep Deterministic Policy Gradient, Lowe et al. 2017.
+
+Every agent i has an actor mu_i(o_i) that sees its own observation alone and, in training only, a critic
+Q_i(x, a_1, ..., a_N) that sees everyone's observations x = (o_1, ..., o_N) and actions (https://arxiv.org/abs/1706.02275).
+
+    pip install torch numpy gymnasium pettingzoo mpe2 tyro tensorboard tqdm psutil
+    python maddpg_continuous.py --env-id simple_tag_v3
+    tensorboard --logdir runs
+
+All agents learn as one stack: a parameter has a leading agent dimension, and one batched matrix product serves all.
+Observations and actions are padded to the widest agent; masks keep the padding out of every result. Shapes:
+
+    obs, next_obs      [batch, n_agents, obs_dim]
+    actions            [batch, n_agents, action_dim]  in (-1, 1) or one-hot; `Games` turns them into the agents' own
+    rewards            [batch, n_agents]
+    terminations       [batch, n_agents]              1 where the agent's own end cuts the bootstrap, never a time limit
+    alive, next_alive  [batch, n_agents]              1 where the agent acts; where the others still meet it afterwards
+
+The twins maddpg_continuous.py and maddpg_discrete.py differ in what their actions require and in nothing else.
+"""
+
+import argparse
+import contextlib
+import copy
+import difflib
+import functools
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zipfile
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pettingzoo
+import psutil
+import torch
+import tyro
+from gymnasium import spaces
+from mpe2.all_modules import mpe_environments
+from pettingzoo.env_registry.exceptions import FailedToImport
+from pettingzoo.utils.conversions import aec_to_parallel
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LOG_FREQUENCY = 1_000  # environment steps between two points of the charts
+EVAL_SEEDS = 2**32  # added to the run's seed, so that evaluation plays none of training's episodes
+
+
+class UsageError(Exception):
+    """A mistake of the user's: one line that says what is wrong and what to do. The command exits with status 2."""
+
+
+# ---- Arguments -------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    env_id: str = "simple_tag_v3"
+    """Gymnasium id (Pendulum-v1), mpe2 scenario (simple_tag_v3), PettingZoo id (sisl/multiwalker-v9), or a module with
+    `parallel_env` (my_package.my_game)"""
+    env_kwargs: str = "{}"
+    """keyword arguments of the environment, as JSON: '{"max_cycles": 50}'"""
+    total_timesteps: int = 400_000
+    """environment steps, over all games; in one step every agent acts once (paper: 1.5 million)"""
+    seed: int = 1
+    """seed of networks, noise, batches and games"""
+    exp_name: str = Path(__file__).stem
+    """name of this experiment, part of the run folder's name"""
+    ddpg_agents: tuple[str, ...] = ()
+    """agents whose critic sees only their own observation and action: a full name, or a prefix for all that begin so"""
+    random_agents: tuple[str, ...] = ()
+    """agents that act uniformly at random and learn nothing, named likewise"""
+
+    hidden_dim: int = 128
+    """units in each of two hidden layers (paper: 128, original code: 64)"""
+    actor_learning_rate: float = 1e-3
+    """Adam step size of the actors (paper: 1e-2, with a round every 100 steps)"""
+    critic_learning_rate: float = 1e-3
+    """Adam step size of the critics (paper: 1e-2)"""
+    gamma: float = 0.8
+    """discount per step (paper: 0.95). 0.8 looks about 5 steps ahead, best where every step is rewarded, as in
+    simple_spread; rare rewards, as for simple_tag's predators, and longer episodes want 0.95 to 0.99"""
+    tau: float = 0.01
+    """fraction of the way that the target networks move in each round (Polyak averaging)"""
+    batch_size: int = 1024
+    """steps in the batch of a round, drawn with replacement, the same for all agents"""
+    buffer_size: int = 1_000_000
+    """steps that the replay buffer holds, at most total_timesteps"""
+    learning_starts: int = 10_000
+    """environment steps of random play before the first round"""
+    train_frequency: int = 25
+    """environment steps per round of updates (original code: 100)"""
+    exploration_noise: float = 0.1
+    """standard deviation of the Gaussian noise on actions, which span (-1, 1)"""
+    max_grad_norm: float = 0.0
+    """largest gradient norm of an agent's network, 0 for no clipping (original code: 0.5 for each variable)"""
+
+    num_envs: int = 25
+    """games played side by side. With one for each step of train_frequency, playing hides behind learning"""
+    num_workers: int | None = None
+    """processes that play them while this one learns, 0 for none; results do not depend on it. Default: by cores, with
+    at least 4 games each"""
+    torch_threads: int = 1
+    """CPU threads of PyTorch: with networks this small more are slower, many times so beside other programs"""
+    cuda: bool = False
+    """learn on the GPU, with the buffer on it: pays for wide networks and large batches only"""
+    compile: bool = False
+    """compile `update` (needs a C++ compiler and about a minute)"""
+    checkpoint_frequency: int = 200_000
+    """environment steps between checkpoints, which hold everything, the replay buffer too; 0 for none"""
+    resume: str | None = None
+    """run folder to go on with from its checkpoint, as if it had never stopped; --total-timesteps may grow"""
+    evaluate: str | None = None
+    """run folder whose final policies are played greedily instead of training"""
+    capture_video: bool = False
+    """save a GIF of greedy episodes with every evaluation (no display needed)"""
+    render: bool = False
+    """with --evaluate: show the episodes in a window"""
+    eval_frequency: int | None = None
+    """environment steps between greedy evaluations. Default: 20 times those of one evaluation (mpe2: 50,000)"""
+    eval_episodes: int = 100
+    """episodes of an evaluation, in games and with seeds of its own"""
+    track: bool = False
+    """log to Weights & Biases as well, to the project and entity that WANDB_PROJECT and WANDB_ENTITY name"""
+
+    def __post_init__(self):
+        for names, low, high in (
+            ("total_timesteps hidden_dim train_frequency torch_threads eval_frequency eval_episodes", 1, math.inf),
+            ("actor_learning_rate critic_learning_rate max_grad_norm checkpoint_frequency", 0, math.inf),
+            ("seed", 0, 2**32 - 1),
+            ("exploration_noise", 0, math.inf),
+            ("gamma tau", 0, 1),
+            ("num_envs", 1, self.total_timesteps),
+            ("num_workers", 0, self.num_envs),
+            ("batch_size", 1, self.buffer_size),
+            ("learning_starts", 0, self.total_timesteps),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not low <= value <= high:
+                    raise UsageError(f"--{name.replace('_', '-')} is {value}, but must lie between {low} and {high}")
+        try:
+            dict(json.loads(self.env_kwargs))
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"--env-kwargs {self.env_kwargs} is no JSON object like '{{\"max_cycles\": 50}}'"
+            ) from error
+        if self.num_workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            shares = [w for w in range(1, cores) if 4 * w <= self.num_envs and self.num_envs % w == 0]
+            self.num_workers = max(shares, default=0)
+        if self.num_workers and self.num_envs % self.num_workers:
+            raise UsageError(f"--num-envs {self.num_envs} must be a multiple of --num-workers {self.num_workers}")
+        if self.cuda and not torch.cuda.is_available():
+            raise UsageError("--cuda: PyTorch finds no GPU, leave the flag out")
+        if self.track and not importlib.util.find_spec("wandb"):
+            raise UsageError("--track needs Weights & Biases: pip install wandb")
+
+
+# ---- The environment: from --env-id to games with joint arrays -------------------------------------------------------
+class OneAgentGame(pettingzoo.ParallelEnv):
+    """A Gymnasium environment as a game of one agent, `agent_0`: MADDPG becomes DDPG."""
+
+    def __init__(self, env: gym.Env):
+        self.env, self.metadata, self.render_mode = env, env.metadata, env.render_mode
+        self.agents, self.possible_agents = [], ["agent_0"]
+        self.observation_space = lambda agent: env.observation_space
+        self.action_space = lambda agent: env.action_space
+        self.render, self.close = env.render, env.close
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.agents = self.possible_agents[:]
+        return tuple({"agent_0": result} for result in self.env.reset(seed=seed, options=options))
+
+    def step(self, actions: dict) -> tuple[dict, dict, dict, dict, dict]:
+        observation, reward, terminated, truncated, info = self.env.step(actions["agent_0"])
+        self.agents = [] if terminated or truncated else self.agents
+        return tuple({"agent_0": result} for result in (observation, reward, terminated, truncated, info))
+
+
+def make_game(
+    env_id: str, env_kwargs: dict[str, Any], continuous_actions: bool, render_mode: str | None = None
+) -> pettingzoo.ParallelEnv:
+    """One game: a Gymnasium id, an mpe2 scenario, a PettingZoo id or a module with `parallel_env`, in that order.
+
+    Raises `UsageError` where there is none of that name, a package is missing, or `env_kwargs` do not suit it.
+    """
+    scenarios = {name.removeprefix("mpe/"): module for name, module in mpe_environments.items()}
+    defaults = {"continuous_actions": continuous_actions} if env_id in scenarios else {}
+    defaults |= {"render_mode": render_mode} if render_mode else {}
+    if env_id in gym.registry:
+        make = functools.partial(gym.make, env_id, disable_env_checker=True)
+    elif env_id in scenarios:
+        make = scenarios[env_id].raw_env
+    elif env_id in pettingzoo.parallel_registry:
+        make = functools.partial(pettingzoo.make, "parallel", env_id)
+    else:
+        sys.path.append(os.getcwd())
+        try:
+            make = importlib.import_module(env_id).parallel_env
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            names = [*scenarios, *pettingzoo.parallel_registry, *gym.registry]
+            near = difflib.get_close_matches(re.split("[./]", env_id)[-1], names, cutoff=0)
+            hint = f"the nearest names are {', '.join(near)}"
+            if isinstance(error, ModuleNotFoundError) and error.name not in env_id:
+                hint = f"try pip install {error.name}"
+            raise UsageError(f"--env-id {env_id} is no game ({error}); {hint}") from error
+    try:
+        game = make(**defaults | env_kwargs)
+    except (gym.error.DependencyNotInstalled, FailedToImport) as error:
+        raise UsageError(f"--env-id {env_id}: {error}") from error
+    except Exception as error:
+        if not env_kwargs:
+            raise
+        raise UsageError(f"--env-kwargs {json.dumps(env_kwargs)} does not suit {env_id}: {error}") from error
+    if env_id in scenarios:
+        # The raw environment makes the transitions of `parallel_env` without wrappers around every agent's turn. `last`
+        # is called each turn for an observation that nobody reads, so it makes none.
+        game.last = functools.partial(game.last, observe=False)
+        game = aec_to_parallel(game)
+    elif isinstance(game, gym.Env):
+        game = OneAgentGame(game)
+    if not isinstance(game, pettingzoo.ParallelEnv) or not getattr(game, "possible_agents", None):
+        raise UsageError(f"--env-id {env_id}: parallel_env must give a pettingzoo.ParallelEnv with possible_agents")
+    return game
+
+
+def game_maker(args: Args) -> Callable[..., pettingzoo.ParallelEnv]:
+    """`make_game` for the game that `args` name."""
+    return functools.partial(make_game, args.env_id, json.loads(args.env_kwargs), continuous_actions=True)
+
+
+class Games(gym.Env):
+    """`num_games` copies of one game, played in step, as one Gymnasium environment with joint arrays.
+
+    Its observation holds the coming step's `obs` and `alive` (who acts), after an automatic reset the new episode's,
+    and what the last step led to: `next_obs` (final observations where `done`), `rewards`, `terminations`, `next_alive`
+    (0 after an agent's termination or after it was truncated alone, 1 where a time limit ends the game for all). Shapes
+    are [num_games, n_agents, ...], with zeros where padded or gone. Gymnasium's own reward and end flags are unused.
+
+    Every episode resets with a seed of its own, made from the seed of `reset`, the game's number (from `first_game`)
+    and the episode's number, so that games do not depend on how they are shared out among processes.
+
+    Raises `UsageError` for spaces that the networks cannot use.
+    """
+
+    def __init__(self, make_game: Callable[[], pettingzoo.ParallelEnv], num_games: int, first_game: int = 0):
+        self.games, self.first_game = [make_game() for _ in range(num_games)], first_game
+        self.metadata = getattr(self.games[0], "metadata", {})
+        self.agents = list(self.games[0].possible_agents)
+        self.obs_spaces = [self.games[0].observation_space(agent) for agent in self.agents]
+        self.action_spaces = [self.games[0].action_space(agent) for agent in self.agents]
+        for agent, space in zip(self.agents, self.obs_spaces, strict=True):
+            if isinstance(space, spaces.Dict) and "action_mask" in space.spaces:
+                raise UsageError(f"{agent}'s observation has an action_mask, which is not supported")
+            if not space.is_np_flattenable or spaces.flatdim(space) > 10_000:
+                raise UsageError(f"{agent}'s observation {space} is no array of up to 10,000 numbers: wrap it")
+        self.obs_mask = pad_mask([spaces.flatdim(space) for space in self.obs_spaces])
+        for agent, space in zip(self.agents, self.action_spaces, strict=True):
+            if not isinstance(space, spaces.Box):
+                raise UsageError(f"{agent}'s actions are {space}, not a Box; Discrete ones are for maddpg_discrete.py")
+            if not space.is_bounded():
+                raise UsageError(f"{agent}'s actions {space} have infinite bounds: wrap them")
+        self.action_mask = pad_mask([spaces.flatdim(space) for space in self.action_spaces])
+        self.low, self.high = np.zeros((2, *self.action_mask.shape))
+        self.low[self.action_mask] = np.concatenate([space.low.ravel() for space in self.action_spaces])
+        self.high[self.action_mask] = np.concatenate([space.high.ravel() for space in self.action_spaces])
+
+        self.action_space = spaces.Box(-1, 1, (num_games, *self.action_mask.shape))
+        shapes = {"obs": self.obs_mask.shape, "next_obs": self.obs_mask.shape}
+        shapes |= dict.fromkeys(("alive", "rewards", "terminations", "next_alive"), (len(self.agents),))
+        boxes = {key: spaces.Box(-np.inf, np.inf, (num_games, *shape)) for key, shape in shapes.items()}
+        self.observation_space = spaces.Dict(boxes | {"done": spaces.MultiBinary(num_games)})
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
+        """Begins episode 0 of every game, or goes back to where `options["histories"]`, of all workers' games, led."""
+        super().reset(seed=seed)
+        self.seed, self.histories = int(self.np_random.integers(2**31)), [[-1] for _ in self.games]
+        data = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
+        self.alive = data["alive"]
+        for g in range(len(self.games)):
+            episode, *played = options["histories"][self.first_game + g] if options else [0]
+            self.histories[g] = [episode - 1]
+            self._next_episode(g, data)
+            for actions in played:
+                self._step_game(g, np.array(actions, np.float32), data)
+        return data, {}
+
+    def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
+        """One step of every game; `actions` as in `action_space`, those of agents that are gone do not matter."""
+        if not self.action_space.contains(actions):
+            raise UsageError(f"actions are not in {self.action_space} but {actions.ravel()}: has training diverged?")
+        data = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
+        for g in range(len(self.games)):
+            self._step_game(g, actions[g], data)
+        self.alive = data["alive"]
+        return data, 0.0, False, False, {}
+
+    def _step_game(self, g: int, actions: np.ndarray, data: dict[str, np.ndarray]) -> None:
+        game, acts = self.games[g], self.alive[g].nonzero()[0]
+        acting = [self.agents[i] for i in acts]
+        moves = np.minimum(self.low + (actions + 1) / 2 * (self.high - self.low), self.high)
+        observations, rewards, terminations, truncations, _ = game.step(
+            {self.agents[i]: self._move(i, moves[i]) for i in acts}
+        )
+        self.histories[g].append(actions.tolist())
+        staying = [agent for agent in game.agents if not (terminations.get(agent) or truncations.get(agent))]
+        self._write(observations, {*acting, *staying}, data["next_obs"][g])
+        data["rewards"][g, acts] = [rewards[agent] for agent in acting]
+        data["terminations"][g, acts] = [terminations[agent] for agent in acting]
+        data["next_alive"][g, acts] = [a in staying or not (staying or terminations[a]) for a in acting]
+        if staying:
+            data["alive"][g] = [agent in staying for agent in self.agents]
+            data["obs"][g] = data["next_obs"][g] * data["alive"][g, :, None]
+        else:
+            data["done"][g] = 1
+            self._next_episode(g, data)
+
+    def _move(self, i: int, move: np.ndarray) -> Any:
+        space = self.action_spaces[i]
+        return move[self.action_mask[i]].astype(space.dtype).reshape(space.shape)
+
+    def _next_episode(self, g: int, data: dict[str, np.ndarray]) -> None:
+        episode = self.histories[g][0] + 1
+        self.histories[g] = [episode]
+        seed = np.random.SeedSequence((self.seed, self.first_game + g, episode)).generate_state(1)[0] >> 1
+        observations, _ = self.games[g].reset(seed=int(seed))
+        self._write(observations, self.games[g].agents, data["obs"][g])
+        data["alive"][g] = [agent in self.games[g].agents for agent in self.agents]
+
+    def _write(self, observations: dict[str, Any], agents: Sequence[str] | set[str], rows: np.ndarray) -> None:
+        for agent, space, row in zip(self.agents, self.obs_spaces, rows, strict=True):
+            if agent in agents:
+                flat = spaces.flatten(space, observations[agent])
+                row[: len(flat)] = flat
+
+    def close(self) -> None:
+        for game in self.games:
+            game.close()
+
+
+def check_finite(data: dict[str, np.ndarray], agents: Sequence[str], step: int) -> None:
+    """Raises `UsageError` for a NaN or infinity in what `Games` gave."""
+    for name in ("rewards", "next_obs", "obs"):
+        if not np.isfinite(data[name]).all():
+            agent = agents[np.argwhere(~np.isfinite(data[name]))[0][1]]
+            raise UsageError(f"the game gave {agent} {name} that are not finite, after step {step}")
+
+
+def pad_mask(widths: Sequence[int]) -> np.ndarray:
+    """[n_agents, max(widths)]: true where agent i has that entry, false where it is padding."""
+    return np.arange(max(widths)) < np.array(widths)[:, None]
+
+
+def match_agents(names: Sequence[str], agents: list[str]) -> Tensor:
+    """[n_agents], true for those that `names` mean: an exact name itself alone, another all that begin with it."""
+    for name in names:
+        if not any(agent.startswith(name) for agent in agents):
+            raise UsageError(f"there is no agent {name}, the agents are {', '.join(agents)}")
+    prefixes = tuple(name for name in names if name not in agents)
+    return torch.tensor([agent in names or agent.startswith(prefixes) for agent in agents])
+
+
+# ---- Networks: all agents of a game as one stack ---------------------------------------------------------------------
+class StackedLinear(nn.Module):
+    """One linear layer per agent, y_i = x_i W_i + b_i, and a ReLU if asked for: [n_agents, batch, in] to [..., out].
+
+    `inputs` [n_agents, in] tells an agent's true inputs from padding. Initialised as `nn.Linear`, uniform within
+    1 / sqrt(fan_in), by each agent's own fan-in; weights of padding are zero.
+    """
+
+    def __init__(self, inputs: Tensor, out_dim: int):
+        super().__init__()
+        bound = inputs.sum(1).clamp(min=1).rsqrt()[:, None, None]
+        self.weight = nn.Parameter((torch.rand(*inputs.shape, out_dim) * 2 - 1) * bound * inputs[:, :, None])
+        self.bias = nn.Parameter((torch.rand(len(inputs), 1, out_dim) * 2 - 1) * bound)
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        if x.shape[1] < 32:
+            y = torch.baddbmm(self.bias, x, self.weight)
+            return y.relu_() if relu else y
+        # In large batches the transposed product is several times faster for few outputs: actions, a Q value
+        y = torch.baddbmm(self.bias.mT, self.weight.mT, x.mT)
+        return (y.relu_() if relu else y).mT
+
+
+class Actor(nn.Module):
+    """mu_i(o_i) of every agent: [batch, n_agents, obs_dim] to actions in (-1, 1), [batch, n_agents, action_dim]."""
+
+    def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int):
+        super().__init__()
+        hidden = torch.ones(len(obs_mask), hidden_dim)
+        self.layer_1 = StackedLinear(obs_mask.float(), hidden_dim)
+        self.layer_2 = StackedLinear(hidden, hidden_dim)
+        self.layer_3 = StackedLinear(hidden, action_mask.shape[1])
+        self.register_buffer("action_mask", action_mask.float())
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = self.layer_2(self.layer_1(obs.transpose(0, 1), relu=True), relu=True)
+        return torch.tanh(self.layer_3(x)).transpose(0, 1) * self.action_mask
+
+
+class Critic(nn.Module):
+    """Q_i(x, a_1, ..., a_N) of every agent: [batch, n_agents].
+
+    All critics read the same joint input: everyone's observations, then everyone's actions, without padding. `change`
+    [batch, n_agents, obs_dim + action_dim] is added, for critic i alone, to agent i's entries in it: in the actors'
+    loss the difference between its policy's action and the stored one. The first layer being linear, that takes one
+    small product, not a joint input for each critic. Critics that are not `central` see their own agent alone (DDPG).
+    """
+
+    def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int, central: Tensor):
+        super().__init__()
+        agent = torch.arange(len(obs_mask))[:, None]
+        true = torch.cat([obs_mask.flatten(), action_mask.flatten()])
+        owner = torch.cat([agent.expand_as(obs_mask).flatten(), agent.expand_as(action_mask).flatten()])[true]
+        visible = (owner == agent) | central[:, None]
+        place = (true.cumsum(0) - 1).clamp(min=0)  # of each padded entry in the joint input; of padding itself: any
+        own_obs, own_actions = place.split([obs_mask.numel(), action_mask.numel()])
+        hidden = torch.ones(len(obs_mask), hidden_dim)
+        self.layer_1 = StackedLinear(visible.float(), hidden_dim)
+        self.layer_2 = StackedLinear(hidden, hidden_dim)
+        self.layer_3 = StackedLinear(hidden, 1)
+        self.register_buffer("agent", agent)
+        self.register_buffer("true", true.nonzero()[:, 0])  # [joint_dim]
+        self.register_buffer("visible", visible.float()[:, :, None])  # [n_agents, joint_dim, 1]
+        self.register_buffer("own", torch.cat([own_obs.view_as(obs_mask), own_actions.view_as(action_mask)], 1))
+
+    def forward(self, obs: Tensor, actions: Tensor, change: Tensor | None = None) -> Tensor:
+        joint = torch.cat([obs.flatten(1), actions.flatten(1)], 1).index_select(1, self.true)
+        weight = self.layer_1.weight * self.visible
+        x = torch.baddbmm(self.layer_1.bias.mT, weight.mT, joint.T.expand(len(weight), -1, -1))
+        if change is not None:
+            x = torch.baddbmm(x, weight[self.agent, self.own].mT, change.permute(1, 2, 0))
+        return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
+
+
+class Networks(nn.Module):
+    """Actors and critics of all agents with their targets, and masks of who learns and who acts at random."""
+
+    def __init__(self, games: Games, args: Args):
+        super().__init__()
+        masks = torch.from_numpy(games.obs_mask), torch.from_numpy(games.action_mask)
+        self.actor = Actor(*masks, args.hidden_dim)
+        self.critic = Critic(*masks, args.hidden_dim, central=~match_agents(args.ddpg_agents, games.agents))
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        at_random = match_agents(args.random_agents, games.agents)
+        self.register_buffer("random_agents", at_random if at_random.any() else None)
+        self.register_buffer("learns", (~at_random).float())
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """`load_state_dict`, with a `UsageError` where the state is that of another game or another script."""
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise UsageError(f"the saved networks are of another kind: {' '.join(str(error).split())}") from error
+
+
+def choose(actor: Actor, obs: Tensor, exploration: float, random_agents: Tensor | None) -> Tensor:
+    """Every agent's exploring action, noise drawn for each game, agent and dimension: [batch, n_agents, action_dim].
+
+    Exploration 0 is greedy. Agents for which `random_agents` [n_agents] is true act uniformly at random instead.
+    """
+    actions = actor(obs)
+    if exploration > 0:
+        actions = actions.add(torch.randn_like(actions), alpha=exploration).clamp(-1, 1)
+    if random_agents is not None:
+        uniform = torch.rand_like(actions) * 2 - 1
+        actions = torch.where(random_agents[:, None], uniform, actions)
+    return actions * actor.action_mask
+
+
+# ---- Replay buffer ---------------------------------------------------------------------------------------------------
+Transitions = namedtuple("Transitions", "obs next_obs actions rewards terminations alive next_alive")
+
+
+class ReplayBuffer:
+    """The last `size` steps. A step is one row of one array, so that drawing a batch is one gather."""
+
+    def __init__(self, size: int, games: Games, device: torch.device):
+        obs, action = games.obs_mask.shape, games.action_mask.shape
+        self.shapes = Transitions(obs, obs, action, *[obs[:1]] * 4)
+        self.widths = [math.prod(shape) for shape in self.shapes]
+        self.rows = torch.zeros(size, sum(self.widths), device=device)  # takes up memory only as it fills
+        self.added = 0
+
+    def add(self, *fields: np.ndarray) -> None:
+        """Copies the fields of `Transitions`, each [num_envs, n_agents, ...], over the oldest rows."""
+        new = np.concatenate([field.reshape(len(field), -1) for field in fields], axis=1, dtype=np.float32)
+        index = (self.added + torch.arange(len(new))) % len(self.rows)
+        self.rows.index_copy_(0, index.to(self.rows.device), torch.from_numpy(new).to(self.rows.device))
+        self.added += len(new)
+
+    def sample(self, batch_size: int) -> Transitions:
+        """`batch_size` steps, drawn uniformly with replacement, the same for all agents."""
+        index = torch.randint(min(self.added, len(self.rows)), (batch_size,), device=self.rows.device)
+        fields = self.rows.index_select(0, index).split(self.widths, dim=1)
+        return Transitions(*(field.view(-1, *shape) for field, shape in zip(fields, self.shapes, strict=True)))
+
+
+# ---- Losses and the update -------------------------------------------------------------------------------------------
+def mean_alive(values: Tensor, alive: Tensor) -> Tensor:
+    """Each agent's mean over the steps in which it acted: [batch, n_agents] to [n_agents]."""
+    return (values * alive).sum(0) / alive.sum(0).clamp(min=1)
+
+
+@torch.no_grad()
+def td_targets(networks: Networks, data: Transitions, args: Args) -> Tensor:
+    """y_i = r_i + gamma (1 - terminated_i) Q'_i(x', mu'_1(o'_1), ..., mu'_N(o'_N)): [batch, n_agents].
+
+    Agents that have left are zeros in x' and among the actions. One that was truncated alone still bootstraps from its
+    last observation, which its own critic alone sees.
+    """
+    next_actions = choose(networks.target_actor, data.next_obs, 0.0, networks.random_agents)
+    there = data.next_alive[:, :, None]
+    own = torch.cat([data.next_obs, next_actions], 2) * (1 - there)
+    next_q_values = networks.target_critic(data.next_obs * there, next_actions * there, own)
+    return data.rewards + args.gamma * (1 - data.terminations) * next_q_values
+
+
+def critic_loss(networks: Networks, data: Transitions, args: Args) -> tuple[Tensor, Tensor]:
+    """(Q_i(x, a_1, ..., a_N) - y_i)^2, and Q_i for the log: each agent's mean over the batch, two times [n_agents]."""
+    q_values = networks.critic(data.obs, data.actions)
+    td_errors = q_values - td_targets(networks, data, args)
+    return mean_alive(td_errors**2, data.alive), mean_alive(q_values.detach(), data.alive)
+
+
+def actor_loss(networks: Networks, data: Transitions, args: Args) -> Tensor:
+    """-Q_i(x, a_1, ..., mu_i(o_i), ..., a_N), the others' actions from the buffer: each agent's mean, [n_agents].
+
+    `change` puts agent i's action alone into Q_i, so that no critic's gradient reaches another agent's actor; the
+    critics are constants here.
+    """
+    policy_actions = networks.actor(data.obs)
+    change = torch.cat([torch.zeros_like(data.obs), policy_actions - data.actions], 2)
+    networks.critic.requires_grad_(False)
+    q_values = networks.critic(data.obs, data.actions, change)
+    networks.critic.requires_grad_(True)
+    return mean_alive(-q_values, data.alive)
+
+
+def step_optimizer(optimizer: torch.optim.Optimizer, losses: Tensor, max_grad_norm: float) -> None:
+    """One step on the sum of the agents' losses: as they share no parameter, it equals one step for each agent."""
+    optimizer.zero_grad()
+    losses.sum().backward()
+    if max_grad_norm > 0:
+        grads = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        norms = sum(grad.square().sum((1, 2), keepdim=True) for grad in grads).sqrt()  # [n_agents, 1, 1]
+        for grad in grads:
+            grad.mul_((max_grad_norm / norms).clamp(max=1))
+    optimizer.step()
+
+
+def update(networks: Networks, optimizers: tuple, data: Transitions, args: Args) -> dict[str, Tensor]:
+    """One round: a step of all critics, a step of all actors, a move of all targets. Returns each agent's losses.
+
+    `optimizers` are the actors' and the critics'. The actors' loss is built after the critics have stepped: a step
+    changes weights in place, and a graph from before it can not be differentiated any more ("modified by an inplace
+    operation").
+    """
+    actor_optimizer, critic_optimizer = optimizers
+    critic_losses, q_values = critic_loss(networks, data, args)
+    step_optimizer(critic_optimizer, critic_losses * networks.learns, args.max_grad_norm)
+    actor_losses = actor_loss(networks, data, args)
+    step_optimizer(actor_optimizer, actor_losses * networks.learns, args.max_grad_norm)
+    with torch.no_grad():
+        for online, target in (networks.actor, networks.target_actor), (networks.critic, networks.target_critic):
+            for parameter, target_parameter in zip(online.parameters(), target.parameters(), strict=True):
+                target_parameter.lerp_(parameter, args.tau)  # Polyak: target + tau (online - target)
+    return {"critic_loss": critic_losses.detach(), "q_values": q_values, "actor_loss": actor_losses.detach()}
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def evaluate(
+    networks: Networks, games: Games, episodes: int, seed: int, random_agents: Tensor | None, film: list | None = None
+) -> tuple[np.ndarray, int]:
+    """Undiscounted returns of greedy episodes, [episodes, n_agents], and the environment steps that they took.
+
+    `games` are the evaluation's own and begin anew from `seed`. Each counts with equally many episodes, so that short
+    ones are not preferred. Training's random numbers are left as they were. `film` takes up pictures of the first game.
+    """
+    n_games, device = len(games.games), networks.learns.device
+    returns, running, steps = [[] for _ in range(n_games)], np.zeros((n_games, len(games.agents))), 0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        data, _ = games.reset(seed=seed)
+        while min(map(len, returns)) * n_games < episodes:
+            if film is not None:
+                film.append(draw(games, f"episode {len(returns[0]) + 1}", running[0]))
+            actions = choose(networks.actor, torch.from_numpy(data["obs"]).to(device), 0.0, random_agents)
+            data = games.step(actions.cpu().numpy())[0]
+            check_finite(data, games.agents, steps)
+            running += data["rewards"]
+            steps += n_games
+            for g in data["done"].nonzero()[0]:
+                returns[g].append(running[g].copy())
+                running[g] = 0
+    return np.array([episode for nth in zip(*returns, strict=False) for episode in nth][:episodes]), steps
+
+
+def by_side(agents: Sequence[str], returns: Sequence[float]) -> dict[str, str]:
+    """The mean return of each side: of the agents whose names differ in their number only."""
+    sides = [re.sub(r"_?\d+$", "", agent) for agent in agents]
+    return {side: f"{np.mean([r for s, r in zip(sides, returns, strict=True) if s == side]):.1f}" for side in sides}
+
+
+def draw(games: Games, title: str, returns: np.ndarray) -> Image.Image:
+    """A picture of the first game, made with render_mode rgb_array, labelled with its step and each side's return."""
+    picture = ImageOps.contain(Image.fromarray(games.games[0].render()), (350, 350))
+    picture = ImageOps.expand(picture, (0, 16, 0, 0), "white")
+    sides = " ".join(f"{side} {value}" for side, value in by_side(games.agents, returns).items())
+    ImageDraw.Draw(picture).text((4, 2), f"{title} step {len(games.histories[0]) - 1} {sides}", "black")
+    return picture.quantize(64)
+
+
+def save_film(networks: Networks, make: Callable[..., pettingzoo.ParallelEnv], path: Path, seed: int) -> None:
+    """Saves a GIF of five greedy episodes; no display is needed."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    games, film = Games(functools.partial(make, render_mode="rgb_array"), 1), []
+    evaluate(networks, games, 5, seed, networks.random_agents, film)
+    frame_ms = 1000 / games.metadata.get("render_fps", 10)
+    film[0].save(path, save_all=True, append_images=film[1:], duration=frame_ms, loop=0)
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+def save(state: dict[str, Any], path: Path) -> None:
+    """Writes `path` wholly or not at all, and keeps the file before as *_previous.pt; `UsageError` where it cannot."""
+    new = path.with_suffix(".tmp")
+    try:
+        with open(new, "wb") as file:
+            torch.save({"kind": f"{Path(__file__).stem} {path.name}"} | state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            path.replace(path.with_stem(f"{path.stem}_previous"))
+        new.replace(path)
+    except (OSError, RuntimeError) as error:
+        new.unlink(missing_ok=True)
+        raise UsageError(f"{path} cannot be written ({error}); the one written before it is intact") from error
+
+
+def load(path: str, name: str) -> dict[str, Any]:
+    """What `save` wrote to `path` or `path`/`name`: verified, and tensors and plain values only, so it holds no code.
+
+    Raises `UsageError` for a file that is missing, damaged, or none of this script's, and names the one before it.
+    """
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    previous = file.with_stem(f"{file.stem}_previous")
+    if not file.exists() and previous.exists():  # killed between the two renames
+        file = previous
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
+        state = torch.load(file, weights_only=True)
+        if state["kind"] != f"{Path(__file__).stem} {name}":
+            raise ValueError(f"it is a {state['kind']}, not a {Path(__file__).stem} {name}")
+    except Exception as error:  # whatever a damaged file makes of zipfile and unpickler
+        hint = f"; the one before it is {previous}" if previous.exists() and previous != file else ""
+        raise UsageError(f"{file} cannot be used: {error}{hint}".replace("\n", " ")) from error
+    return state
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Iterator[tuple[gym.Env, list[int]]]:
+    """The games of training, played here or by worker processes, and a list that takes up Ctrl-C and SIGTERM.
+
+    The workers end with the block, whatever ends it; one that dies before that raises `UsageError`.
+    """
+    envs, stops, share = None, [], args.num_envs // max(args.num_workers, 1)
+    handlers = {
+        n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)
+    }  # the workers inherit this
+    try:
+        shares = [functools.partial(Games, make, share, w * share) for w in range(args.num_workers)]
+        envs = gym.vector.AsyncVectorEnv(shares) if shares else Games(make, share)
+        for number in handlers:
+            signal.signal(number, lambda number, frame: stops.append(number))
+        yield envs, stops
+    except (EOFError, ConnectionError) as error:
+        exits = [process.exitcode for process in envs.processes]
+        raise UsageError(f"a worker died (exit codes {exits}; -9: killed, perhaps for want of memory)") from error
+    except OSError as error:
+        raise UsageError(f"the run cannot be written: {error}; the checkpoint written last is intact") from error
+    finally:
+        for process in getattr(envs, "processes", []):
+            process.kill()
+            envs.closed = True
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
+    """Trains; returns networks, replay buffer and run folder. Wrong arguments raise `UsageError`, nothing written."""
+    saved = load(args.resume, "checkpoint.pt") if args.resume else None
+    may_change = (
+        "resume num_workers torch_threads checkpoint_frequency capture_video track eval_frequency eval_episodes"
+    )
+    for name, was in saved["args"].items() if saved else ():
+        now = getattr(args, name)
+        if now != was and name not in may_change.split() and not (name == "total_timesteps" and now > was):
+            raise UsageError(f"--resume: --{name.replace('_', '-')} was {was} and cannot become {now}")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads)
+    make = game_maker(args)
+    eval_games = Games(make, min(args.eval_episodes, 10))
+    agents, networks, eval_seed = eval_games.agents, Networks(eval_games, args), args.seed + EVAL_SEEDS
+    about = {"args": asdict(args) | {"resume": None}, "agents": agents}
+    bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, delay=0.1)
+    with bar, start_games(make, args) as (envs, stops):  # workers start before CUDA does
+        device = torch.device("cuda" if args.cuda else "cpu")
+        networks.to(device)
+        actor_optimizer = torch.optim.Adam(networks.actor.parameters(), lr=args.actor_learning_rate, fused=True)
+        critic_optimizer = torch.optim.Adam(networks.critic.parameters(), lr=args.critic_learning_rate, fused=True)
+        optimizers = actor_optimizer, critic_optimizer
+        learn = torch.compile(update) if args.compile else update
+        size, row_bytes = min(args.buffer_size, args.total_timesteps), ReplayBuffer(1, eval_games, device).rows.nbytes
+        memory = torch.cuda.mem_get_info()[0] if args.cuda else psutil.virtual_memory().available
+        gib = size * row_bytes / 2**30
+        if size * row_bytes > memory:
+            raise UsageError(f"--buffer-size {size} takes {gib:.1f} GiB, {memory // row_bytes} would fit")
+        rb = ReplayBuffer(size, eval_games, device)
+
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
+        run = Path(args.resume or Path("runs") / name)
+        run = run.parent if run.is_file() else run
+        try:
+            while not saved:
+                try:
+                    run.mkdir(parents=True)
+                    break
+                except FileExistsError:  # another run of this second
+                    run = run.with_name(f"{run.name}_")
+            writer = SummaryWriter(run, purge_step=saved and saved["progress"][0] + 1)
+        except OSError as error:
+            raise UsageError(f"the run folder {run} cannot be written: {error.strerror}") from error
+        if args.track:
+            import wandb
+
+            wandb.init(name=run.name, config=asdict(args), sync_tensorboard=True, save_code=True)
+        writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in asdict(args).items()))
+        print(f"{run}: {', '.join(agents)}; the replay buffer takes {gib:.2f} GiB when full")
+
+        def log(name: str, values: Tensor | np.ndarray, with_sum: bool = False) -> None:
+            for agent, value in zip(agents, values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise UsageError(f"{name} of {agent} is {value} at step {global_step}: training has diverged")
+                writer.add_scalar(f"{name}/{agent}", value, global_step)
+            if with_sum:
+                writer.add_scalar(name, values.sum(), global_step)
+
+        def evaluate_and_log() -> tuple[np.ndarray, int]:
+            returns, steps = evaluate(networks, eval_games, args.eval_episodes, eval_seed, networks.random_agents)
+            log("eval/episodic_return", returns.mean(0), with_sum=True)
+            if args.capture_video:
+                save_film(networks, make, run / f"step_{global_step}.gif", eval_seed)
+            return returns.mean(0), steps
+
+        def join(result: tuple) -> dict[str, np.ndarray]:  # one worker's games after the other's
+            shapes = {key: space.shape[1:] for key, space in eval_games.observation_space.items()}
+            return {key: array.reshape(args.num_envs, *shapes[key]) for key, array in result[0].items()}
+
+        def checkpoint() -> None:
+            if not all(tensor.isfinite().all() for tensor in (*networks.parameters(), *losses.values())):
+                raise UsageError(f"weights or losses are not finite at step {global_step}: training has diverged")
+            writer.flush()
+            histories = envs.get_attr("histories") if args.num_workers else [envs.histories]
+            state = {
+                "networks": networks.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "rows": rb.rows if rb.added >= len(rb.rows) else rb.rows[: rb.added].clone(),
+                "added": rb.added,
+                "random": torch.get_rng_state(),
+                "cuda_random": torch.cuda.get_rng_state() if args.cuda else None,
+                "histories": [history for games in histories for history in games],
+                "progress": (global_step, rounds, time.time() - start, losses, ended, evaluated_at, eval_frequency),
+                "arrays": [*map(torch.from_numpy, (data["obs"], returns, lengths, random_play, untrained, trained))],
+            }
+            save({**about, **state}, run / "checkpoint.pt")
+
+        global_step, rounds, seconds, losses, ended = 0, 0, 0.0, {}, []
+        returns, lengths = np.zeros((args.num_envs, len(agents))), np.zeros(args.num_envs)
+        everyone = torch.ones(len(agents), dtype=torch.bool, device=device)
+        seed = [args.seed] * args.num_workers if args.num_workers else args.seed
+        data = join(envs.reset(seed=seed, options=saved and {"histories": saved["histories"]}))
+        if saved:
+            networks.restore(saved["networks"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            rb.added, rows = saved["added"], saved.pop("rows")
+            rb.rows[: len(rows)] = rows
+            del rows
+            global_step, rounds, seconds, losses, ended, evaluated_at, eval_frequency = saved["progress"]
+            last_obs, returns, lengths, random_play, untrained, trained = (t.numpy() for t in saved["arrays"])
+            eval_frequency = args.eval_frequency or eval_frequency
+            changed = (data["obs"] != last_obs).any((1, 2))
+            if changed.any():
+                print(f"{args.env_id} does not repeat itself under one seed: episodes in progress begin anew")
+                histories = [[h[0] + 1] if c else h for h, c in zip(saved["histories"], changed, strict=True)]
+                data = join(envs.reset(seed=seed, options={"histories": histories}))
+                returns[changed] = lengths[changed] = 0
+            torch.set_rng_state(saved["random"])
+            if args.cuda:
+                torch.cuda.set_rng_state(saved["cuda_random"])
+        else:
+            random_play = evaluate(networks, eval_games, args.eval_episodes, eval_seed, everyone)[0].mean(0)
+            untrained, eval_steps = evaluate_and_log()
+            trained, evaluated_at, eval_frequency = untrained, 0, args.eval_frequency or 20 * eval_steps
+        check_finite(data, agents, global_step)
+        start = time.time() - seconds
+
+        while global_step + args.num_envs <= args.total_timesteps and not stops:
+            # Choose, and let the workers begin the step
+            random_agents = everyone if global_step < args.learning_starts else networks.random_agents
+            with torch.no_grad():
+                obs = torch.from_numpy(data["obs"]).to(device)
+                actions = choose(networks.actor, obs, args.exploration_noise, random_agents).cpu().numpy()
+            if not np.isfinite(actions).all():
+                raise UsageError(f"actions are not finite at step {global_step}: training has diverged")
+            actions *= data["alive"][:, :, None]
+            if args.num_workers:
+                envs.step_async(actions.reshape(envs.action_space.shape))
+
+            # Meanwhile learn from what is stored
+            while rounds < (global_step - args.learning_starts) // args.train_frequency:
+                losses = learn(networks, optimizers, rb.sample(args.batch_size), args)
+                rounds += 1
+
+            # Store what the step has led to: the final observation, not the next episode's first
+            after = join(envs.step_wait() if args.num_workers else envs.step(actions))
+            check_finite(after, agents, global_step)
+            results = after["rewards"], after["terminations"], data["alive"], after["next_alive"]
+            rb.add(data["obs"], after["next_obs"], actions, *results)
+            data = after
+            global_step += args.num_envs
+
+            # Log, evaluate and save
+            returns += data["rewards"]
+            lengths += 1
+            for g in data["done"].nonzero()[0]:
+                ended.append([*returns[g].tolist(), lengths[g].item()])
+                returns[g] = lengths[g] = 0
+            if global_step % LOG_FREQUENCY < args.num_envs:
+                for name, values in losses.items():
+                    log(f"losses/{name}", values)
+                if ended:
+                    *means, length = np.mean(ended, axis=0)
+                    log("charts/episodic_return", np.array(means), with_sum=True)
+                    writer.add_scalar("charts/episodic_length", length, global_step)
+                    bar.set_postfix(by_side(agents, means), refresh=False)
+                    ended = []
+                writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
+                bar.update(global_step - bar.n)
+            ends = global_step + args.num_envs > args.total_timesteps
+            if global_step % eval_frequency < args.num_envs:
+                trained, evaluated_at = evaluate_and_log()[0], global_step
+            if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs and not ends:
+                checkpoint()
+
+        bar.update(global_step - bar.n)
+        if not stops and evaluated_at != global_step:
+            trained, evaluated_at = evaluate_and_log()[0], global_step
+        if args.checkpoint_frequency:
+            checkpoint()
+        writer.close()
+    save({**about, "networks": networks.state_dict()}, run / "model.pt")
+    if stops:
+        print(f"stopped at step {global_step}; go on with --resume {run}", file=sys.stderr)
+        sys.exit(128 + stops[0])
+    print(f"\nmean greedy return, {args.eval_episodes} episodes    random play    untrained      trained")
+    for agent, *values in zip(agents, random_play, untrained, trained, strict=True):
+        print(f"{agent:34}" + "".join(f"{value:13.2f}" for value in values))
+    return networks, rb, run
+
+
+def play(args: Args) -> np.ndarray:
+    """Plays the policies of the run `args.evaluate` greedily; prints means +- 1.96 standard errors.
+
+    Returns the episodes' returns, [episodes, n_agents].
+    """
+    if args.render and sys.platform == "linux" and not os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}:
+        raise UsageError("--render needs a display; --capture-video does not")
+    torch.set_num_threads(args.torch_threads)
+    make = game_maker(args)
+    games = Games(functools.partial(make, render_mode="human") if args.render else make, 1 if args.render else 10)
+    networks, eval_seed = Networks(games, args), args.seed + EVAL_SEEDS
+    networks.restore(load(args.evaluate, "model.pt")["networks"])
+    returns, _ = evaluate(networks, games, args.eval_episodes, eval_seed, networks.random_agents)
+    print(f"mean greedy return, {len(returns)} episodes")
+    for agent, values in zip(games.agents, returns.T, strict=True):
+        print(f"{agent:34}{values.mean():13.2f} +- {1.96 * values.std() / len(values) ** 0.5:.2f}")
+    if args.capture_video:
+        save_film(networks, make, Path(args.evaluate) / "evaluation.gif", eval_seed)
+    return returns
+
+
+if __name__ == "__main__":
+    try:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--resume")
+        parser.add_argument("--evaluate")
+        given = parser.parse_known_args()[0]  # then what else is not given is as it was in that run
+        old = (given.resume, "checkpoint.pt") if given.resume else (given.evaluate, "model.pt")
+        arguments = tyro.cli(Args, default=Args(**load(*old)["args"])) if old[0] else tyro.cli(Args)
+        play(arguments) if arguments.evaluate else main(arguments)
+    except UsageError as usage_error:
+        print(f"{Path(__file__).name}: {usage_error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,190 @@
+"""The benchmark's programs: mistakes get one line, and what is interrupted is neither lost nor doubled.
+
+Mistakes put in, each of which makes a test here fail: a table without its check for rows that are there already; an
+unfinished last row kept; no lock.
+"""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+for package in ("ray", "scipy", "matplotlib"):
+    pytest.importorskip(package, reason="pip install -r benchmark/requirements.txt")
+
+psutil = pytest.importorskip("psutil")
+BENCHMARK = ROOT / "benchmark"
+if not BENCHMARK.exists():
+    pytest.skip("another folder's scripts, without the benchmark", allow_module_level=True)
+SMALL = "--env-id simple_v3 --hidden-dim 16 --batch-size 32 --learning-starts 500 --train-frequency 100"
+LINE = f"maddpg_discrete.py {SMALL} --total-timesteps 1000 seeds=1 label=small"
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The programs of the benchmark, importable."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import sweep
+    import tables
+
+    return SimpleNamespace(sweep=sweep, tables=tables)
+
+
+def command(folder, *lists, **kwargs):
+    words = [sys.executable, BENCHMARK / "sweep.py", *lists, "--folder", folder / "runs", "--results", folder]
+    return subprocess.Popen([*map(str, words), "--poll", "0.5", "--parallel", "1"], text=True, **kwargs)
+
+
+def rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+# ---- Lists -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("maddpg_none.py seeds=1", "no script maddpg_none.py"),
+        (f"{LINE} --gama 0.9", "--gama"),
+        (f"{LINE} --hidden-dim x", "hidden-dim"),
+        ("maddpg_discrete.py --env-id simple_tug_v3 seeds=1", "simple_tag_v3"),
+        (f"{LINE} --random-agents wolf", "no agent wolf"),
+        ("maddpg_discrete.py label=default", "seeds= is missing"),
+        (f"{LINE} seeds=1-", "seeds= is missing or broken"),
+        ("maddpg_discrete.py --gamma 0.9 seeds=1", "label=default is for default flags"),
+        (f"{LINE} label=a,b", "label=a,b"),
+        (f"{LINE} --seed 3", "--seed does not belong"),
+        (f'{LINE} --env-kwargs "broken', "No closing quotation"),
+        (LINE.replace("--gamma", "--tau"), "in line 2 already"),
+    ],
+)
+def test_a_mistake_in_a_list_gets_one_line_with_its_place(programs, tmp_path, capsys, line, words):
+    path = tmp_path / "runs.txt"
+    path.write_text(f"# a comment\n{LINE}\n{line}\n")
+    assert programs.sweep.main([str(path), "--folder", str(tmp_path / "f"), "--results", str(tmp_path / "r")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and f"{path}:3: " in said[0] and words in said[0]
+    assert not list((tmp_path / "f").glob("maddpg*"))
+
+
+def test_a_list_names_its_runs(programs, tmp_path):
+    path = tmp_path / "runs.txt"
+    path.write_text(f"# comment\n\n{LINE.replace('seeds=1', 'seeds=1-2,7')}  # more\nmaddpg_discrete.py seeds=1\n")
+    runs = programs.sweep.read_list(path, tmp_path, None)
+    assert [run.seed for run in runs] == [1, 2, 7, 1] and len({run.folder for run in runs}) == 4
+    assert [run.env_id for run in runs] == ["simple_v3"] * 3 + ["simple_tag_v3"]
+    assert [run.targets[0][1] for run in runs] == ["small"] * 3 + ["default"] and runs[0].steps == 1000
+
+
+def test_the_lists_are_right(programs, tmp_path):
+    for path in (BENCHMARK / "lists").glob("*.txt"):
+        assert programs.sweep.read_list(path, tmp_path, None), path
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+ROW = ["a.py", "game", "default", 1, 100, 1.5, "sum", -3.25, 10, "abc"]
+
+
+def test_no_row_comes_twice_and_an_unfinished_one_is_dropped(programs, tmp_path):
+    path = tmp_path / "t.csv"
+    table = programs.tables.Table(path)
+    later = [*ROW[:4], 200, *ROW[5:]]
+    table.append([ROW])
+    table.append([ROW, later])
+    with open(path, "a") as file:
+        file.write("a.py,game,def")
+    table = programs.tables.Table(path)
+    table.append([[*ROW[:5], 9.9, *ROW[6:]], later])
+    assert [row["global_step"] for row in rows(path)] == ["100", "200"] and path.read_text().endswith("abc\n")
+    table.remove("a.py", "game", "default", "1")
+    assert rows(path) == [] == rows(path)
+
+
+def test_a_broken_row_gets_one_line(programs, tmp_path):
+    path = tmp_path / "t.csv"
+    programs.tables.Table(path).append([ROW])
+    path.write_text(path.read_text() + "a.py,game\n")
+    with pytest.raises(programs.tables.UsageError, match=r"t\.csv:3"):
+        programs.tables.Table(path)
+
+
+def test_two_sweeps_on_one_folder_do_not_mix(programs, tmp_path, capsys):
+    with programs.sweep.hold(tmp_path / "runs" / "sweep.lock"):
+        (tmp_path / "small.txt").write_text(LINE)
+        process = command(tmp_path, tmp_path / "small.txt", stderr=subprocess.PIPE)
+        try:
+            said = process.communicate(timeout=120)[1].strip().splitlines()
+        finally:
+            process.kill()
+    assert process.returncode == 2 and len(said) == 1 and f"process {os.getpid()}" in said[0]
+    with programs.sweep.hold(tmp_path / "runs" / "sweep.lock"):
+        pass
+
+
+# ---- Whole sweeps ----------------------------------------------------------------------------------------------------
+def training(process, script="maddpg_discrete.py"):
+    """The training process of a sweep."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if any(word.endswith(script) for word in child.cmdline()[:2]):
+                return child
+        except psutil.Error:
+            continue
+
+
+def wait_until(condition, process, seconds=240):
+    until = time.time() + seconds
+    while time.time() < until and process.poll() is None:
+        if found := condition():
+            return found
+        time.sleep(0.3)
+    raise AssertionError(f"nothing in {seconds} s, or the sweep ended with {process.poll()}")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_and_a_killed_sweep_lose_nothing(tmp_path):
+    """The rows equal those of an undisturbed run, whatever is killed: the Ray worker, training itself, the sweep."""
+    flags = "--total-timesteps 40000 --checkpoint-frequency 2000 --eval-frequency 4000 --eval-episodes 10"
+    (tmp_path / "small.txt").write_text(f"maddpg_discrete.py {SMALL} {flags} seeds=1 label=small\n")
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for name in ("calm", "wild"):
+        (tmp_path / name).mkdir()
+    calm = command(tmp_path / "calm", tmp_path / "small.txt", **quiet)
+    assert calm.wait(300) == 0
+
+    wild = tmp_path / "wild"
+    process = command(wild, tmp_path / "small.txt", **quiet)
+
+    def saved(after):
+        found = list(wild.glob("runs/maddpg*/runs/*/checkpoint.pt"))
+        return found and found[0].stat().st_mtime > after and training(process)
+
+    first = wait_until(lambda: saved(0), process)
+    first.parent().kill()  # the Ray worker
+    second = wait_until(lambda: (found := training(process)) and found.pid != first.pid and found, process)
+    assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
+    wait_until(lambda: saved(time.time() - 1), process)
+    second.send_signal(signal.SIGKILL)  # training itself
+    third = wait_until(lambda: (found := training(process)) and found.pid != second.pid and found, process)
+    process.kill()
+    process.wait()
+    psutil.wait_procs([third], timeout=30)
+    process = command(wild, tmp_path / "small.txt", **quiet)
+    assert process.wait(300) == 0
+
+    def results(folder):
+        return sorted((r["global_step"], r["agent"], r["episodes"], r["episodic_return"]) for r in rows(folder))
+
+    assert results(wild / "small.csv") == results(tmp_path / "calm" / "small.csv")
+    assert len(list(wild.glob("runs/maddpg*/runs/*/events*"))) >= 3  # it went on, did not begin again
+    assert not list(wild.glob("runs/maddpg*/runs/*/checkpoint*")) and list(wild.glob("runs/maddpg*/runs/*/model.pt"))
+    seconds = [float(row["wall_clock_s"]) for row in rows(wild / "small.csv") if row["agent"] == "sum"]
+    assert seconds == sorted(seconds)
+    before = (wild / "small.csv").read_text()
+    assert command(wild, tmp_path / "small.txt", **quiet).wait(120) == 0 and (wild / "small.csv").read_text() == before

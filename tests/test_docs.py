@@ -1,0 +1,119 @@
+"""The pages: their code runs, their translations keep step, and what they point to exists."""
+
+import difflib
+import io
+import re
+import subprocess
+import tokenize
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *DOCS]
+TRANSLATED = [page for page in PAGES if page.name.endswith(".zh-CN.md")]
+DIFF = REPOSITORY / "docs" / "continuous_to_discrete.diff"
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}[^\n]*\n+)+")
+NOT_RUN = re.compile(r"<!-- not run: [^\n]+ -->\n+\Z")
+FILE = re.compile(r"[\w./-]*\w\.(?:py|md|csv|txt|toml|diff|cff|png|gif)\b")
+
+
+def python_blocks(text):
+    """(line, source) of every python block that is to run."""
+    for match in FENCE.finditer(text):
+        if match[1] == "python" and not NOT_RUN.search(text[: match.start()]):
+            yield text.count("\n", 0, match.start(2)), match[2]
+
+
+def without_comments(language, code):
+    """Lines of code without comments, trailing space and empty lines."""
+    lines = code.splitlines()
+    if language == "python":
+        for token in tokenize.generate_tokens(io.StringIO(code).readline):
+            if token.type == tokenize.COMMENT:
+                row, column = token.start
+                lines[row - 1] = lines[row - 1][:column]
+    else:
+        lines = [re.sub(r"(^|\s)#.*", "", line) for line in lines]
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def code_blocks(text):
+    fenced = [without_comments(match[1], match[2]) for match in FENCE.finditer(text)]
+    return fenced + [without_comments("", match[0]) for match in INDENTED.finditer(FENCE.sub("", text))]
+
+
+def prose(text):
+    return INDENTED.sub("", FENCE.sub("", text))
+
+
+def headings(text):
+    return re.findall(r"^(#+) (.+)$", FENCE.sub("", text), re.MULTILINE)
+
+
+def numbers(text):
+    """The numbers in the prose, thousands without their comma; link targets do not count."""
+    text = re.sub(r"\]\([^)]*\)", "]", prose(text))
+    return {number.replace(",", "") for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)}
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if page not in TRANSLATED], ids=lambda page: page.name)
+def test_python_blocks_run(page):
+    """From top to bottom in one session; a failure names the page's own line."""
+    session = {"__name__": "__page__"}
+    for line, source in python_blocks(page.read_text()):
+        exec(compile("\n" * line + source, str(page), "exec"), session)
+
+
+@pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
+def test_translation_keeps_step(page):
+    english = page.with_name(page.name.replace(".zh-CN", "")).read_text()
+    chinese = page.read_text()
+    assert [level for level, _ in headings(chinese)] == [level for level, _ in headings(english)]
+    assert code_blocks(chinese) == code_blocks(english)
+    assert numbers(chinese) == numbers(english)
+    inline = [set(re.findall(r"`([^`\n]+)`", prose(text))) for text in (chinese, english)]
+    assert inline[0] == inline[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            titles = [re.sub(r"[^\w\- ]", "", title.lower()) for _, title in headings(file.read_text())]
+            assert anchor in [title.replace(" ", "-") for title in titles], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_named_files_exist(page):
+    """By path from the root, a folder of it or the page, or by bare name. `my_*` and runs/ are the reader's own."""
+    folders = [REPOSITORY, *(REPOSITORY / name for name in ("docs", "benchmark", "tests"))]
+    names = {path.name for folder in folders[1:] for path in folder.rglob("*")}
+    text = re.sub(r"https?://\S+", "", page.read_text())
+    for name in set(FILE.findall(text)):
+        if name.startswith(("my_", "runs/")) or "/my_" in name:
+            continue
+        found = any((folder / name).exists() for folder in (*folders, page.parent))
+        assert found or ("/" not in name and name in names), name
+
+
+@pytest.mark.skipif(not DIFF.exists(), reason="there is no docs/continuous_to_discrete.diff")
+def test_difference_of_the_twins_is_the_one_shown():
+    """But for the two lines that name the files: `diff -u` and difflib both serve."""
+
+    def hunks(lines):
+        lines = list(lines)
+        return lines[next((n for n, line in enumerate(lines) if line.startswith("@@")), len(lines)) :]
+
+    twins = [REPOSITORY / "maddpg_continuous.py", REPOSITORY / "maddpg_discrete.py"]
+    by_difflib = difflib.unified_diff(*(twin.read_text().splitlines() for twin in twins), lineterm="")
+    by_diff = subprocess.run(["diff", "-u", *twins], capture_output=True, text=True).stdout.splitlines()
+    assert hunks(DIFF.read_text().splitlines()) in (hunks(by_difflib), hunks(by_diff))

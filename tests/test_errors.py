@@ -1,0 +1,158 @@
+"""What a user gets wrong: one line on standard error, exit status 2, nothing written under runs/."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, is_discrete
+
+MODULES = {
+    "needs_more": "import a_package_that_is_missing\nparallel_env = None",
+    "turn_based": "def env():\n    pass",
+    "mine": "import games\nparallel_env = games.parallel_env",
+}
+
+# arguments, and what the line must say
+BOTH = {
+    "unknown_id": (["--env-id", "simple_tga_v3"], ["simple_tga_v3", "simple_tag_v3"]),
+    "unknown_version": (["--env-id", "sisl/multiwalker-v8"], ["sisl/multiwalker-v8", "multiwalker-v9"]),
+    "moved_scenario": (["--env-id", "pettingzoo.mpe.simple_tag_v3"], ["simple_tag_v3", "mpe2"]),
+    "picture": (["--env-id", "mine", "--env-kwargs", '{"kind": "picture"}'], ["agent_0", "10,000"]),
+    "sequence": (["--env-id", "mine", "--env-kwargs", '{"kind": "sequence"}'], ["agent_0", "Sequence"]),
+    "action_mask": (["--env-id", "mine", "--env-kwargs", '{"kind": "masked"}'], ["agent_0", "action_mask"]),
+    "no_game": (["--env-id", "mine", "--env-kwargs", '{"kind": "no_game"}'], ["mine", "ParallelEnv"]),
+    "not_parallel": (["--env-id", "turn_based"], ["turn_based", "parallel_env"]),
+    "classic": (["--env-id", "classic/chess_v6"], ["classic/chess_v6"]),
+    "missing_package": (["--env-id", "needs_more"], ["pip install", "a_package_that_is_missing"]),
+    "large_buffer": (
+        ["--buffer-size", "1000000000000", "--total-timesteps", "1000000000000"],
+        ["--buffer-size", "would fit"],
+    ),
+    "bad_json": (["--env-kwargs", "{max_cycles: 5}"], ["--env-kwargs", "JSON"]),
+    "json_number": (["--env-kwargs", "5"], ["--env-kwargs", "JSON"]),
+    "unknown_key": (["--env-kwargs", '{"max_cycle": 5}'], ["--env-kwargs", "max_cycle"]),
+    "batch_0": (["--batch-size", "0"], ["--batch-size", "0"]),
+    "batch_and_buffer": (["--batch-size", "500", "--buffer-size", "499"], ["--batch-size", "499"]),
+    "gamma": (["--gamma", "1.5"], ["--gamma", "1.5"]),
+    "gamma_nan": (["--gamma", "nan"], ["--gamma", "nan"]),
+    "tau": (["--tau", "-0.1"], ["--tau", "-0.1"]),
+    "learning_starts": (["--learning-starts", "101", "--total-timesteps", "100"], ["--learning-starts", "100"]),
+    "train_frequency": (["--train-frequency", "0"], ["--train-frequency"]),
+    "hidden_dim": (["--hidden-dim", "0"], ["--hidden-dim"]),
+    "num_envs": (["--num-envs", "0"], ["--num-envs"]),
+    "workers": (["--num-envs", "3", "--num-workers", "2"], ["--num-envs", "--num-workers"]),
+    "eval_episodes": (["--eval-episodes", "0"], ["--eval-episodes"]),
+    "learning_rate": (["--actor-learning-rate", "-1"], ["--actor-learning-rate"]),
+    "seed": (["--seed", "-1"], ["--seed"]),
+    "large_seed": (["--seed", "5000000000"], ["--seed"]),
+    "ddpg_agent": (["--ddpg-agents", "wolf"], ["wolf", "adversary_0", "agent_0"]),
+    "random_agent": (["--random-agents", "agent_0", "adversary_7"], ["adversary_7", "adversary_0"]),
+}
+CONTINUOUS = {
+    "other_kind": (["--env-id", "CartPole-v1"], ["maddpg_discrete.py"]),
+    "other_kind_of_a_user": (
+        ["--env-id", "mine", "--env-kwargs", '{"kind": "discrete_actions"}'],
+        ["maddpg_discrete.py", "agent_0"],
+    ),
+    "infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "infinite"}'], ["agent_0", "infinite"]),
+    "half_infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "half_infinite"}'], ["agent_0", "infinite"]),
+    "noise": (["--exploration-noise", "-0.1"], ["--exploration-noise"]),
+}
+DISCRETE = {
+    "other_kind": (["--env-id", "Pendulum-v1"], ["maddpg_continuous.py"]),
+    "other_kind_of_a_user": (
+        ["--env-id", "mine", "--env-kwargs", '{"kind": "box_actions"}'],
+        ["maddpg_continuous.py", "agent_0"],
+    ),
+    "relaxed_elsewhere": (["--env-id", "CartPole-v1", "--relaxed"], ["--relaxed", "mpe2"]),
+    "temperature": (["--gumbel-temperature", "0"], ["--gumbel-temperature"]),
+    "regularization": (["--logit-regularization", "-1"], ["--logit-regularization"]),
+}
+CASES = [("maddpg_continuous", name, *case) for name, case in (BOTH | CONTINUOUS).items()]
+CASES += [("maddpg_discrete", name, *case) for name, case in (BOTH | DISCRETE).items()]
+
+
+@pytest.fixture(autouse=True)
+def modules(working_folder):
+    for name, text in MODULES.items():
+        (working_folder / f"{name}.py").write_text(text)
+    yield
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def run_here(name, arguments, monkeypatch, capsys):
+    """The script's command line in this process: its exit status and what it wrote on standard error."""
+    file = str(ROOT / f"{name}.py")
+    small = ["--total-timesteps", "200", "--learning-starts", "0", "--eval-episodes", "1"]  # if it is not refused
+    monkeypatch.setattr(sys, "argv", [file, *small, *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(file, run_name="__main__")
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, case, arguments, parts", CASES, ids=[f"{case[0][7:]}-{case[1]}" for case in CASES])
+def test_one_line_and_status_2(name, case, arguments, parts, monkeypatch, capsys):
+    status, line = run_here(name, arguments, monkeypatch, capsys)
+    assert status == 2
+    assert line.endswith("\n") and line.count("\n") == 1, line
+    for part in parts:
+        assert part in line
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["maddpg_continuous", "maddpg_discrete"])
+def test_unsupported_actions_are_not_sent_to_the_other_twin(name, monkeypatch, capsys):
+    """Neither script can play a Tuple of actions, so neither may say that the other one does."""
+    arguments = ["--env-id", "mine", "--env-kwargs", '{"kind": "tuple_actions"}']
+    status, line = run_here(name, arguments, monkeypatch, capsys)
+    assert status == 2 and line.count("\n") == 1 and "Tuple" in line
+    assert "use maddpg_" not in line
+
+
+@pytest.mark.parametrize("name", ["maddpg_continuous", "maddpg_discrete"])
+def test_runs_that_cannot_be_written(name, monkeypatch, capsys):
+    Path("runs").write_text("a file")
+    status, line = run_here(name, ["--env-id", "simple_v3", "--eval-episodes", "1"], monkeypatch, capsys)
+    assert status == 2 and line.count("\n") == 1 and "runs" in line
+    assert Path("runs").read_text() == "a file"
+
+
+@pytest.mark.parametrize("name", ["maddpg_continuous", "maddpg_discrete"])
+def test_optional_packages_and_devices(name, monkeypatch, capsys):
+    """Without a GPU and without wandb, as they are on most machines."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    status, line = run_here(name, ["--track"], monkeypatch, capsys)
+    assert status == 2 and line.count("\n") == 1 and "pip install wandb" in line
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, line = run_here(name, ["--cuda"], monkeypatch, capsys)
+    assert status == 2 and line.count("\n") == 1 and "--cuda" in line
+
+
+def test_main_raises_usage_error(script):
+    """The same mistakes from Python: an exception to catch, not an exit."""
+    wrong = [dict(gamma=1.5), dict(env_id="nothing_of_that_name"), dict(random_agents=("wolf",)), dict(env_kwargs="{")]
+    wrong += [dict(env_id="Pendulum-v1" if is_discrete(script) else "CartPole-v1"), dict(batch_size=0)]
+    for arguments in wrong:
+        with pytest.raises(script.UsageError):
+            script.main(script.Args(**arguments))
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--env-id", "simple_tga_v3"], ["--gamma", "1.5"], ["--random-agents", "wolf"]],
+    ids=["id", "number", "agent"],
+)
+def test_as_a_command(arguments):
+    """A real process: nothing else stands on standard error either."""
+    line = [sys.executable, str(ROOT / "maddpg_discrete.py"), *arguments]
+    result = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=60)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("maddpg_discrete.py: ")
+    assert not Path("runs").exists()
