@@ -148,8 +148,7 @@ def test_number_of_rounds(script, monkeypatch, num_envs):
 def run_of(script, **changes):
     """Weights, buffer and folder of a run; the folder is renamed, as two runs of one second would share its name."""
     networks, rb, run = script.main(make_args(script, **changes))
-    shutil.move(run, f"{run}_{time.monotonic_ns()}")
-    return weights(networks), rb.rows.clone(), next(Path("runs").glob(f"{Path(run).name}_*"))
+    return weights(networks), rb.rows.clone(), Path(shutil.move(run, f"{run}_{time.monotonic_ns()}"))
 
 
 def test_seeds(script):
