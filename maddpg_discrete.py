@@ -1,9 +1,16 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium==1.4.0", "pettingzoo==1.27.0", "mpe2==1.1.1", "tyro==1.0.17",
+#     "tensorboard==2.21.0", "tqdm==4.70.1", "psutil==7.2.2", "pillow==13.0.0",
+# ]
+# ///
 """MADDPG for discrete actions in one file: Multi-Agent Deep Deterministic Policy Gradient, Lowe et al. 2017.
 
 Every agent i has an actor mu_i(o_i) that sees its own observation alone and, in training only, a critic
 Q_i(x, a_1, ..., a_N) that sees everyone's observations x = (o_1, ..., o_N) and actions (https://arxiv.org/abs/1706.02275).
 
-    pip install torch numpy gymnasium pettingzoo mpe2 tyro tensorboard tqdm psutil
+    pip install torch numpy gymnasium pettingzoo mpe2 tyro tensorboard tqdm psutil pillow
     python maddpg_discrete.py --env-id simple_tag_v3
     tensorboard --logdir runs
 

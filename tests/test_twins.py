@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import tyro
@@ -124,6 +125,17 @@ def test_commands_in_the_text_parse():
         arguments = shlex.split(flags, comments=True)
         if arguments != ["--help"]:
             tyro.cli(importlib.import_module(name).Args, args=arguments)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_inline_metadata_names_the_requirements(file):
+    """PEP 723, for `uv run maddpg_discrete.py`: the same packages and versions as requirements.txt, in its order."""
+    (block,) = re.findall(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", file.read_text())
+    metadata = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+    assert metadata["requires-python"] == ">=3.11"
+    install = re.search(r"^    pip install (.+)$", file.read_text(), re.M)[1].split()
+    assert set(install) == {requirement.split("==")[0] for requirement in metadata["dependencies"]}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
