@@ -29,6 +29,7 @@ The twins maddpg_continuous.py and maddpg_discrete.py differ in what their actio
 import argparse
 import contextlib
 import copy
+import ctypes
 import difflib
 import functools
 import importlib.util
@@ -63,6 +64,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 1_000  # environment steps between two points of the charts
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 EVAL_SEEDS = 2**32  # added to the run's seed, so that evaluation plays none of training's episodes
 
 
@@ -78,8 +80,9 @@ class Args:
     `parallel_env` (my_package.my_game)"""
     env_kwargs: str = "{}"
     """keyword arguments of the environment, as JSON: '{"max_cycles": 50}'"""
-    total_timesteps: int = 400_000
-    """environment steps, over all games; in one step every agent acts once (paper: 1.5 million)"""
+    total_timesteps: int = 100_000
+    """environment steps, over all games; in one step every agent acts once. The default is a first look, of minutes
+    (paper: 1.5 million)"""
     seed: int = 1
     """seed of networks, noise, batches and games"""
     exp_name: str = Path(__file__).stem
@@ -763,6 +766,8 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
+    with contextlib.suppress(AttributeError, OSError):  # let glibc keep freed memory: no page faults in every round
+        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**30), ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**25)
     make = game_maker(args)
     eval_games = Games(make, min(args.eval_episodes, 10))
     if args.relaxed != eval_games.relaxed:
