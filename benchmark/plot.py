@@ -2,23 +2,34 @@
 
     python benchmark/plot.py                                    # all tables in benchmark/results
     python benchmark/plot.py benchmark/results/marks.csv --labels default random-prey
+    python benchmark/plot.py --ablations                        # docs/ablations.md and its picture
 
 Writes results/table.md: final mean returns of one agent of a side (1,000 greedy episodes; where the label ends in
 `training` the last 1,000 exploring ones), with 95% intervals over seeds by Student's t. And results/TABLE_GAME.png:
 learning curves, means over seeds with the same intervals, with published scores (tables.py) as lines.
+
+The runs of lists/ablations.txt have a page of their own: --ablations writes the tables between the markers in
+docs/ablations.md, and docs/ablations.png, from what results/ablations.csv holds so far. A difference is to the same
+game's and script's default; its 95% interval is Welch's.
 """
 
 import argparse
+import re
+import shlex
 import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from scipy import stats
-from tables import ROOT, UsageError, last_point, levels, read_tables, sides
+from tables import FINAL_EPISODES, ROOT, UsageError, last_point, levels, read_tables, sides
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
+
+ABLATIONS = ROOT / "benchmark/lists/ablations.txt"
+BASELINES = "default-300k", "random-prey-300k"  # labels of what the other rows of a game are compared with
+BLOCK = re.compile(r"(<!-- begin: plot.py --ablations -->\n).*(<!-- end -->)", re.DOTALL)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -106,13 +117,136 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
     plt.close(figure)
 
 
+# ---- Ablations -------------------------------------------------------------------------------------------------------
+def variant(label: str) -> str:
+    return "default" if label in BASELINES else label.removeprefix("random-prey-")
+
+
+def ablations(runs: dict) -> tuple[dict, dict]:
+    """Of the list, by game: variant to script to final returns of one agent, and what has none yet: script to variants.
+
+    A game's agent is one of its first side; all runs of a game count that have as many steps as the longest.
+    """
+    finals, missing = {}, {}
+    for line in ABLATIONS.read_text().splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        script, env_id = words[0], words[words.index("--env-id") + 1]
+        label = next(word for word in words if word.startswith("label=")).removeprefix("label=")
+        lasts = []
+        for (_, *about), seeds in runs.items():
+            if about == [script, env_id, label]:
+                found = [(side, last_point(points)) for rows in seeds.values() for side, points in sides(rows).items()]
+                lasts = [(side, *last) for side, last in found if last and side == found[0][0]]
+        by_variant = finals.setdefault(env_id, {})
+        if lasts:
+            steps = max(last[1] for last in lasts)
+            returns = [last[2] for last in lasts if last[1] == steps]
+            by_variant.setdefault(variant(label), {})[script] = lasts[0][0], returns
+        else:
+            missing.setdefault(env_id, {}).setdefault(script, []).append(variant(label))
+    return finals, missing
+
+
+def scripts_of(*games: dict) -> list[str]:
+    return sorted({script for by_variant in games for by_script in by_variant.values() for script in by_script})
+
+
+def difference(returns: list[float], plain: list[float]) -> str:
+    """Of two means, with its interval; in bold where that leaves out 0."""
+    mean = f"{np.mean(returns) - np.mean(plain):+.2f}"
+    if min(len(returns), len(plain)) < 2 or np.ptp(returns) == np.ptp(plain) == 0:
+        return mean
+    low, high = stats.ttest_ind(returns, plain, equal_var=False).confidence_interval(0.95)
+    return f"{f'**{mean}**' if low > 0 or high < 0 else mean} ({low:+.2f} to {high:+.2f})"
+
+
+def ablations_block(runs: dict) -> str:
+    """What stands between the markers of docs/ablations.md."""
+    finals, missing = ablations(runs)
+    if not any(finals.values()):
+        return (
+            "No run is finished yet. `python benchmark/sweep.py benchmark/lists/ablations.txt` makes them,\n"
+            "`python benchmark/plot.py --ablations` the tables.\n"
+        )
+    text = (
+        f"Means of {FINAL_EPISODES:,} greedy episodes (95% interval over seeds, number of seeds), and the difference\n"
+        "to the default (95% interval), in bold where 0 lies outside.\n\n![final returns](ablations.png)\n"
+    )
+    for env_id, by_variant in finals.items():
+        if scripts := scripts_of(by_variant):
+            side = next(iter(next(iter(by_variant.values())).values()))[0]
+            head = ["variant"] + [c for script in scripts for c in (Path(script).stem, "difference")]
+            lines = [head, ["---"] * len(head)]
+            for name, by_script in by_variant.items():
+                cells = [name]
+                for script in scripts:
+                    _, returns = by_script.get(script, ("", []))
+                    _, plain = by_variant.get("default", {}).get(script, ("", []))
+                    low, high = interval(returns)
+                    between = f"{low:.2f} to {high:.2f}, " if len(returns) > 1 else ""
+                    cells.append(f"{np.mean(returns):.2f} ({between}{len(returns)})" if returns else "")
+                    cells.append(difference(returns, plain) if returns and plain and name != "default" else "")
+                lines.append(cells)
+            text += f"\n### {env_id}: return of one {side}\n\n"
+            text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        for script, names in missing.get(env_id, {}).items():
+            text += f"\nNot run yet, or not to the end, {env_id}, {Path(script).stem}: {', '.join(names)}.\n"
+    return text
+
+
+def ablations_picture(runs: dict, path: Path) -> None:
+    """A plot for each game and script: each variant's mean, interval and seeds, and a line at the default."""
+    finals = {env_id: by_variant for env_id, by_variant in ablations(runs)[0].items() if by_variant}
+    scripts = scripts_of(*finals.values())
+    size = 5.5 * len(finals), len(scripts) * (1 + 0.22 * max(map(len, finals.values())))
+    figure, all_axes = plt.subplots(len(scripts), len(finals), figsize=size, squeeze=False, layout="constrained")
+    for axes_of_script, script in zip(all_axes, scripts, strict=True):
+        for axes, (env_id, by_variant) in zip(axes_of_script, finals.items(), strict=True):
+            shown = {name: by_script[script][1] for name, by_script in by_variant.items() if script in by_script}
+            for y, returns in enumerate(shown.values()):
+                mean, (low, high) = np.mean(returns), interval(returns)
+                axes.plot(mean, y, "o", color="C0")
+                axes.hlines(y, low, high, color="C0")
+                axes.plot(returns, [y] * len(returns), ".", color="black", markersize=3)
+            if "default" in shown:
+                axes.axvline(np.mean(shown["default"]), color="gray", linewidth=0.8, linestyle="--")
+            seen = [value for returns in shown.values() for value in returns]
+            if seen:
+                margin = 0.05 * np.ptp(seen) + 1e-3
+                axes.set_xlim(min(seen) - margin, max(seen) + margin)  # the interval of two seeds may be very wide
+            axes.set_yticks(range(len(shown)), list(shown), fontsize=8)
+            axes.invert_yaxis()
+            axes.set(title=f"{Path(script).stem}: {env_id}", xlabel="final return of one agent")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write_ablations(tables: list[Path], folder: Path) -> None:
+    table = ROOT / "benchmark/results/ablations.csv"
+    runs = read_tables(tables or [table]) if tables or table.exists() else {}
+    page = folder / "ablations.md"
+    if not BLOCK.search(page.read_text()):
+        raise UsageError(f"{page} has no block that begins with <!-- begin: plot.py --ablations -->")
+    block = ablations_block(runs)
+    page.write_text(BLOCK.sub(lambda found: found[1] + block + found[2], page.read_text()))
+    if any(ablations(runs)[0].values()):
+        ablations_picture(runs, folder / "ablations.png")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", type=Path, metavar="CSV")
     parser.add_argument("--labels", nargs="+", help="these labels only")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results", help="where the files go")
+    parser.add_argument("--ablations", action="store_true", help="the page of lists/ablations.txt instead")
+    parser.add_argument("--output", type=Path, help="where the files go; default: benchmark/results, or docs")
     options = parser.parse_args(arguments)
+    output = options.output or ROOT / ("docs" if options.ablations else "benchmark/results")
     try:
+        if options.ablations:
+            write_ablations(options.tables, output)
+            return 0
         runs = read_tables(options.tables)
         known = sorted({key[3] for key in runs})
         if unknown := sorted(set(options.labels or ()) - set(known)):
@@ -120,15 +254,18 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2
-    runs = {key: seeds for key, seeds in runs.items() if not options.labels or key[3] in options.labels}
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "table.md").write_text(markdown(runs))
+    if options.labels:
+        runs = {key: seeds for key, seeds in runs.items() if key[3] in options.labels}
+    elif not options.tables:
+        runs = {key: seeds for key, seeds in runs.items() if key[0] != ABLATIONS.stem}
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "table.md").write_text(markdown(runs))
     pictures = {}
     for (name, script, env_id, label), seeds in runs.items():
         pictures.setdefault((name, env_id), {})[script, label] = seeds
     for (name, env_id), groups in pictures.items():
-        curves(name, env_id, groups, options.output / f"{name}_{env_id.replace('/', '_')}.png")
-    print((options.output / "table.md").read_text(), end="")
+        curves(name, env_id, groups, output / f"{name}_{env_id.replace('/', '_')}.png")
+    print((output / "table.md").read_text(), end="")
     return 0
 
 

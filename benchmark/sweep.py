@@ -12,9 +12,14 @@ Runs begin in the order of the lines. In one list a script, game, label and seed
 `default` (or `default-...`, for another length) is for default flags: only the game and the number of steps may differ.
 A label that ends in `training` takes exploring returns of training, means of the last 1,000 episodes, not greedy ones.
 
+    maddpg_discrete.py --env-id simple_spread_v3 patch=benchmark/ablations/terminal.patch seeds=1-3 label=terminal
+
+`patch=` names a unified diff of the scripts, relative to the repository. Such a run trains, and is played by, copies of
+the scripts under its folder, with the diff applied; it needs git, and a label that does not begin with `default`.
+
 Every run is a process of its own, with one thread, in a folder of its own under --folder, named after script, game,
-seed and a hash of the flags, so that lists share runs. A run whose process or Ray worker is lost is begun again from
-its last checkpoint; so is everything that was interrupted, when the command is given again. A run is done when
+seed and a hash of flags and patch, so that lists share runs. A run whose process or Ray worker is lost is begun again
+from its last checkpoint; so is everything that was interrupted, when the command is given again. A run is done when
 final.json lies in its folder or the CSV has its last rows; delete both to make it again. The columns of the CSV:
 
     script,env_id,label,seed,global_step,wall_clock_s,agent,episodic_return,episodes,commit
@@ -22,7 +27,7 @@ final.json lies in its folder or the CSV has its last rows; delete both to make 
 `agent` is a name or `sum`. The last rows of a run are 1,000 greedy episodes of the saved model, with start states of
 their own (--evaluate RUN --seed SEED+10000). `wall_clock_s` is the time since the run's first TensorBoard event; in a
 resumed run, the time up to the checkpoint plus the time since it went on. `commit` is the one checked out when the run
-began, with `-dirty` where the script had uncommitted changes, and `+` between the commits of a resumed run.
+began, with `-dirty` where script or patch had uncommitted changes, and `+` between the commits of a resumed run.
 """
 
 import argparse
@@ -41,6 +46,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -55,7 +61,10 @@ NOT_IN_LISTS = {"--seed", "--resume", "--evaluate", "--render", "--cuda", "--tra
 # ---- Lists and tables ------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Run:
-    """One script with flags and a seed. `targets` are the tables that want its rows, each with its label."""
+    """One script with flags and a seed. `targets` are the tables that want its rows, each with its label.
+
+    `patch` is the path of a diff of the scripts, relative to the repository, and `diff` what it held when it was read.
+    """
 
     script: str
     flags: list[str]
@@ -65,6 +74,8 @@ class Run:
     eval_episodes: int
     folder: Path
     targets: list[tuple[Table, str]]
+    patch: str = ""
+    diff: bytes = b""
     attempts: int = 0
     commit: str = ""
     curve: Curve | None = None
@@ -95,8 +106,8 @@ def parse_line(words: list[str], folder: Path, table: Table) -> list[Run]:
     script, *words = words
     if not re.fullmatch(r"\w+\.py", script) or not (ROOT / script).exists():
         raise UsageError(f"there is no script {script} in {ROOT}")
-    settings = dict(word.split("=", 1) for word in words if re.match(r"(seeds|label)=", word))
-    flags = [word for word in words if not re.match(r"(seeds|label)=", word)]
+    settings = dict(word.split("=", 1) for word in words if re.match(r"(seeds|label|patch)=", word))
+    flags = [word for word in words if not re.match(r"(seeds|label|patch)=", word)]
     if "seeds" not in settings or not re.fullmatch(r"(\d+(-\d+)?,?)+", settings["seeds"]):
         raise UsageError("seeds= is missing or broken: write seeds=1-5 or seeds=1,2,7")
     bounds = [part.split("-") for part in settings["seeds"].strip(",").split(",")]
@@ -106,26 +117,62 @@ def parse_line(words: list[str], folder: Path, table: Table) -> list[Run]:
         raise UsageError(f"label={label} may have letters, digits, '.', '_' and '-' only")
     if given := NOT_IN_LISTS.intersection(re.split("=", flag)[0] for flag in flags):
         raise UsageError(f"{', '.join(given)} does not belong in a list: write seeds=1-5, or give --gpus to sweep.py")
+    patch, diff = settings.get("patch", ""), b""
+    if "patch" in settings:
+        if label.startswith("default"):
+            raise UsageError(f"label={label} is for the scripts as they are, give a patch another label")
+        try:
+            diff = (ROOT / patch).read_bytes()
+        except OSError as error:
+            raise UsageError(f"patch={patch} cannot be read: {error.strerror}") from error
 
     import tyro
 
-    module, said = load_script(script), io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            args = tyro.cli(module.Args, args=flags)
-        module.Networks(module.Games(module.game_maker(args), 1), args)
-    except SystemExit as error:
-        raise UsageError(" ".join(re.sub(r"[╭╮╰╯│─]", " ", said.getvalue()).split())[:300]) from error
-    except module.UsageError as error:
-        raise UsageError(error) from error
+    with tempfile.TemporaryDirectory() as copies:
+        module, said = load_patched(script, patch, diff, Path(copies)) if patch else load_script(script), io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                args = tyro.cli(module.Args, args=flags)
+            module.Networks(module.Games(module.game_maker(args), 1), args)
+        except SystemExit as error:
+            raise UsageError(" ".join(re.sub(r"[╭╮╰╯│─]", " ", said.getvalue()).split())[:300]) from error
+        except module.UsageError as error:
+            raise UsageError(error) from error
     plain = dataclasses.asdict(module.Args())
     changed = [name for name, value in dataclasses.asdict(args).items() if value != plain[name] and name not in FREE]
     if re.match(r"default(-|$)", label) and changed:
         raise UsageError(f"label={label} is for default flags, give --{changed[0].replace('_', '-')} another label")
-    code = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    code = hashlib.sha256(" ".join(flags).encode() + diff).hexdigest()[:8]
     name = f"{Path(script).stem}__{args.env_id.replace('/', '_')}__{{}}__{code}"
     about = args.env_id, args.total_timesteps // args.num_envs * args.num_envs, args.eval_episodes
-    return [Run(script, flags, s, *about, folder / name.format(s), [(table, label)]) for s in seeds]
+    return [Run(script, flags, s, *about, folder / name.format(s), [(table, label)], patch, diff) for s in seeds]
+
+
+def copy_scripts(patch: str, diff: bytes, folder: Path) -> None:
+    """Copies the scripts into `folder`, over copies made before, and applies the diff to them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for script in ROOT.glob("maddpg_*.py"):
+        shutil.copy(script, folder)
+    # Inside a repository `git apply` would pass over files that it does not think below the current folder
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)
+    try:
+        subprocess.run(["git", "apply"], cwd=folder, env=environment, input=diff, check=True, capture_output=True)
+    except OSError as error:
+        raise UsageError(f"patch={patch} needs git: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise UsageError(f"patch={patch} does not apply: {' '.join(error.stderr.decode().split())}") from error
+
+
+def load_patched(script: str, patch: str, diff: bytes, folder: Path):
+    """The module of a script's patched copy, which is made in `folder`."""
+    copy_scripts(patch, diff, folder)
+    if (folder / script).read_bytes() == (ROOT / script).read_bytes():
+        raise UsageError(f"patch={patch} changes nothing in {script}")
+    try:
+        return load_script(script, folder)
+    except Exception as error:
+        raise UsageError(f"patch={patch}: {script} cannot be imported with it: {error}") from error
 
 
 def has_last_rows(run: Run, table: Table, label: str) -> bool:
@@ -139,6 +186,8 @@ def has_last_rows(run: Run, table: Table, label: str) -> bool:
 # ---- Running ---------------------------------------------------------------------------------------------------------
 def train(root: str, script: str, flags: list[str], seed: int, folder: str, steps: int) -> tuple[bool, str]:
     """Trains, or goes on with, one run and plays its policies; whether all went well or was lost, and what was said.
+
+    `root` is where the script lies: the repository, or the run's own patched copies.
 
     The training process gets SIGTERM, and saves a checkpoint, when the Ray worker that started it dies. Until it has
     ended it holds the lock of the run's folder, for which the run's next attempt waits.
@@ -191,7 +240,8 @@ def note_commit(run: Run, begins: bool) -> None:
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True, stderr=-3).strip()
-        changes = subprocess.check_output([*git, "status", "--porcelain", "--", run.script], text=True, stderr=-3)
+        paths = [run.script, *filter(None, [run.patch])]
+        changes = subprocess.check_output([*git, "status", "--porcelain", "--", *paths], text=True, stderr=-3)
         commit += "-dirty" if changes.strip() else ""
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
@@ -284,15 +334,22 @@ def sweep(options: argparse.Namespace, locks: contextlib.ExitStack) -> int:
             for table, label in run.targets:
                 table.remove(run.script, run.env_id, label, str(run.seed))
         note_commit(run, begins)
+        root = run.folder / "scripts" if run.patch else ROOT
+        if run.patch:
+            copy_scripts(run.patch, run.diff, root)
         flags = run.flags + (["--cuda"] if options.gpus else [])
-        return task.remote(str(ROOT), run.script, flags, run.seed, str(run.folder), run.steps)
+        return task.remote(str(root), run.script, flags, run.seed, str(run.folder), run.steps)
 
     finished, running = bar.n, {}
     while pending or running:
         while pending and len(running) < parallel:
             run = pending.popleft()
-            running[begin(run)] = run
-        ended, _ = ray.wait(list(running), timeout=options.poll)
+            try:
+                running[begin(run)] = run
+            except UsageError as error:
+                failed.append(run)
+                bar.write(f"{run.folder.name}: failed ({error})")
+        ended, _ = ray.wait(list(running), timeout=options.poll) if running else ([], [])
         for run in running.values():
             if next(run.folder.glob("runs/*/events*"), None):
                 write(run)

@@ -1,7 +1,7 @@
 """The tables of results: what sweep.py writes, from the event files of the runs, and the other programs read."""
 
 import csv
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -21,11 +21,16 @@ class UsageError(Exception):
     """A mistake of the user's, in one line. The commands exit with status 2."""
 
 
-def load_script(name: str):
-    """The module of one of the two scripts."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    return importlib.import_module(Path(name).stem)
+def load_script(name: str, folder: Path = ROOT):
+    """The module of one of the two scripts, or of its copy in another folder."""
+    if folder == ROOT:
+        if str(ROOT) not in sys.path:
+            sys.path.insert(0, str(ROOT))
+        return importlib.import_module(Path(name).stem)
+    spec = importlib.util.spec_from_file_location(str(folder / Path(name).stem), folder / name)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Table:

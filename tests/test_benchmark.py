@@ -1,11 +1,15 @@
 """The benchmark's programs: mistakes get one line, and what is interrupted is neither lost nor doubled.
 
 Mistakes put in, each of which makes a test here fail: a table without its check for rows that are there already; an
-unfinished last row kept; no lock.
+unfinished last row kept; no lock; a run folder named without the patch's content; a patch applied as part of the
+repository around it, which changes nothing; a patched script's run played by the script as it is.
 """
 
 import csv
+import difflib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +50,15 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def patch(path, script, old, new):
+    """A diff of a script, as a file."""
+    text = (ROOT / script).read_text()
+    assert text.count(old) == 1
+    changed = text.replace(old, new).splitlines(True)
+    path.write_text("".join(difflib.unified_diff(text.splitlines(True), changed, f"a/{script}", f"b/{script}")))
+    return path
+
+
 # ---- Lists -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "line, words",
@@ -62,6 +75,13 @@ def rows(path):
         (f"{LINE} --seed 3", "--seed does not belong"),
         (f'{LINE} --env-kwargs "broken', "No closing quotation"),
         (LINE.replace("--gamma", "--tau"), "in line 2 already"),
+        (f"{LINE} patch=benchmark/none.patch", "patch=benchmark/none.patch cannot be read"),
+        (f"{LINE} patch=", "patch= cannot be read"),
+        (f"{LINE} patch=LICENSE", "patch=LICENSE does not apply"),
+        (f"{LINE} patch=benchmark/ablations/terminal.patch label=default-terminal", "give a patch another label"),
+        (f"{LINE} patch=benchmark/ablations/terminal.patch label=defaults", "give a patch another label"),
+        (f"{LINE} patch=benchmark/ablations/unscaled.patch", "unscaled.patch changes nothing in maddpg_discrete.py"),
+        (f"{LINE} patch=benchmark/ablations/terminal.patch --gama 0.9", "--gama"),
     ],
 )
 def test_a_mistake_in_a_list_gets_one_line_with_its_place(programs, tmp_path, capsys, line, words):
@@ -80,6 +100,44 @@ def test_a_list_names_its_runs(programs, tmp_path):
     assert [run.seed for run in runs] == [1, 2, 7, 1] and len({run.folder for run in runs}) == 4
     assert [run.env_id for run in runs] == ["simple_v3"] * 3 + ["simple_tag_v3"]
     assert [run.targets[0][1] for run in runs] == ["small"] * 3 + ["default"] and runs[0].steps == 1000
+
+
+def test_a_patch_and_its_content_name_the_run(programs, tmp_path):
+    """The same text under another name is the same run. Flags of the patch's own are known; a broken script is not."""
+    old = "    tau: float = 0.01\n"
+    first = patch(tmp_path / "a.patch", "maddpg_discrete.py", old, "    tau: float = 0.02\n")
+    second = patch(tmp_path / "b.patch", "maddpg_discrete.py", old, '    wide: bool = False\n    """no"""\n' + old)
+    shutil.copy(first, tmp_path / "c.patch")
+    lines = [LINE, *(f"{LINE}{name} patch={tmp_path}/{name}.patch" for name in "abc")]
+    lines[2] += " --wide"
+    (tmp_path / "runs.txt").write_text("\n".join(lines))
+    plain, a, b, c = programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None)
+    assert a.folder == c.folder and len({run.folder for run in (plain, a, b)}) == 3
+    assert (a.patch, a.diff) == (str(first), first.read_bytes()) and (plain.patch, plain.diff) == ("", b"")
+    assert b.flags[-1] == "--wide" and b.script == "maddpg_discrete.py"
+    folder = a.folder
+    patch(first, "maddpg_discrete.py", old, "    tau: float = 0.03\n")
+    assert programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None)[1].folder != folder
+    patch(second, "maddpg_discrete.py", old, "    tau: float = \n")
+    with pytest.raises(
+        programs.tables.UsageError, match=r"runs.txt:3: .*b\.patch: maddpg_discrete.py cannot be imported"
+    ):
+        programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None)
+
+
+def test_scripts_are_patched_inside_and_outside_of_a_repository(programs, tmp_path, monkeypatch):
+    """By what diff or git writes, also where git is told of another repository; and again over the copies."""
+    subprocess.run(["git", "init", "-q", tmp_path / "repository"], check=True)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "repository/.git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "repository"))
+    by_diff = patch(tmp_path / "a.patch", "maddpg_discrete.py", "tau: float = 0.01", "tau: float = 0.02").read_bytes()
+    by_git = b"diff --git a/maddpg_discrete.py b/maddpg_discrete.py\n" + by_diff
+    for folder in tmp_path / "plain", tmp_path / "repository/runs/scripts":
+        for diff in by_diff, by_git:
+            programs.sweep.copy_scripts("a.patch", diff, folder)
+            assert sorted(path.name for path in folder.iterdir()) == ["maddpg_continuous.py", "maddpg_discrete.py"]
+            assert "tau: float = 0.02" in (folder / "maddpg_discrete.py").read_text()
+            assert (folder / "maddpg_continuous.py").read_text() == (ROOT / "maddpg_continuous.py").read_text()
 
 
 def test_the_lists_are_right(programs, tmp_path):
@@ -147,10 +205,30 @@ def wait_until(condition, process, seconds=240):
     raise AssertionError(f"nothing in {seconds} s, or the sweep ended with {process.poll()}")
 
 
+PAID = '        data["rewards"][g, acts] = [rewards[agent] for agent in acting]\n'
+
+
+def test_a_patched_script_plays_its_run_itself(tmp_path):
+    """Training's evaluations and the last rows are the patched script's: there a step pays 7, and has 25 steps."""
+    patch(tmp_path / "a.patch", "maddpg_discrete.py", PAID, PAID.replace("rewards[agent] for", "7.0 for"))
+    (tmp_path / "small.txt").write_text(f"{LINE} patch={tmp_path}/a.patch\n")
+    process = command(tmp_path, tmp_path / "small.txt", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.wait(120) == 0, process.stderr.read()
+    found = rows(tmp_path / "small.csv")
+    assert {(row["script"], row["label"], float(row["episodic_return"])) for row in found} == {
+        ("maddpg_discrete.py", "small", 175.0)
+    }
+    assert [row["episodes"] for row in found if row["agent"] == "sum"] == ["100", "100", "1000"]
+    (final,) = (tmp_path / "runs").glob("maddpg_discrete__simple_v3__1__*/final.json")
+    assert json.loads(final.read_text())["returns"]["sum"] == 175 and list(final.parent.glob("scripts/*.py"))
+
+
 @pytest.mark.slow
-def test_a_killed_worker_and_a_killed_sweep_lose_nothing(tmp_path):
+@pytest.mark.parametrize("name", [None, "original"])
+def test_a_killed_worker_and_a_killed_sweep_lose_nothing(tmp_path, name):
     """The rows equal those of an undisturbed run, whatever is killed: the Ray worker, training itself, the sweep."""
     flags = "--total-timesteps 40000 --checkpoint-frequency 2000 --eval-frequency 4000 --eval-episodes 10"
+    flags += f" patch=benchmark/ablations/{name}.patch" if name else ""
     (tmp_path / "small.txt").write_text(f"maddpg_discrete.py {SMALL} {flags} seeds=1 label=small\n")
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for name in ("calm", "wild"):

@@ -1,0 +1,592 @@
+"""The patches in benchmark/ablations: they apply to the scripts as they are, and change what docs/ablations.md says.
+
+Mistakes put in, each of which makes a test here fail: a line of a script that a patch needs, reworded; a patch that is
+empty for one of its scripts; random agents, or agents that are gone, acting by their networks in others-policy; its
+`detach` left out; a batch for each agent without its mask; in original, targets moved after the whole round, or steps
+of one optimiser for all; random play stored as what the policy would do; a variant that the page does not name.
+"""
+
+import copy
+import difflib
+import functools
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, is_discrete, make_args, make_games, stored
+from games import Game
+from reference import parts, random_batch
+
+BENCHMARK, PAGE = ROOT / "benchmark", ROOT / "docs/ablations.md"
+if not BENCHMARK.exists():
+    pytest.skip("another folder's scripts, without the benchmark", allow_module_level=True)
+if not shutil.which("git"):
+    pytest.skip("patches are applied by git", allow_module_level=True)
+SCRIPTS = {"C": "maddpg_continuous.py", "D": "maddpg_discrete.py"}
+PATCHES = {path.stem: path for path in sorted((BENCHMARK / "ablations").glob("*.patch"))}
+PAIRS = [
+    (name, file) for name, path in PATCHES.items() for file in SCRIPTS.values() if f"+++ b/{file}" in path.read_text()
+]
+# What these change is what is played or stored. All others change what a round makes of a batch.
+OUTSIDE = {"no-exploration", "epsilon-greedy", "shared-noise", "policy-warmup", "batch-per-agent"}
+OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled"}
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+
+
+@pytest.fixture
+def plot(on_the_path):
+    for package in ("scipy", "matplotlib"):
+        pytest.importorskip(package, reason="pip install -r benchmark/requirements.txt")
+    import plot
+
+    return plot
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("patched")
+
+
+@functools.cache
+def load(name, file, folder):
+    import sweep
+
+    path = PATCHES[name]
+    return sweep.load_patched(file, f"{path}", path.read_bytes(), folder / name)
+
+
+def both(name, folder, kind="CD"):
+    """The scripts that a patch changes: (plain, patched)."""
+    import tables
+
+    files = [file for other, file in PAIRS if other == name]
+    assert files == [SCRIPTS[k] for k in kind], f"{name} changes {files}"
+    for file in files:
+        module = load(name, file, folder)
+        module.__name__ = file.removesuffix(".py")  # what the tests' helpers look at
+        yield tables.load_script(file), module
+
+
+def build(script, env_id="mixed", **changes):
+    args, games = make_args(script, env_id=env_id, **changes), make_games(script, env_id)
+    torch.manual_seed(5)
+    networks = script.Networks(games, args).double()
+    for target in networks.target_actor, networks.target_critic:  # unlike the online ones, as after some rounds
+        for parameter in target.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1 * (parameter != 0))
+    return args, games, networks, random_batch(script, games, 60)
+
+
+def optimizers(name, networks, args):
+    stacks = (networks.actor, args.actor_learning_rate), (networks.critic, args.critic_learning_rate)
+    if name != "original":
+        return [torch.optim.Adam(stack.parameters(), rate) for stack, rate in stacks]
+    agents = range(len(networks.learns))
+    return [
+        torch.optim.Adam([p.detach()[i : i + 1] for p in s.parameters()], rate) for i in agents for s, rate in stacks
+    ]
+
+
+def seeded(function, *inputs, seed=1):
+    torch.manual_seed(seed)
+    return function(*inputs)
+
+
+def grads(stack):
+    return [p.grad if p.grad is not None else torch.zeros_like(p) for p in stack.parameters()]
+
+
+def played(script, steps=40, **changes):
+    """The rows of a run whose networks stay as they are, and these networks."""
+    settings = dict(total_timesteps=steps, learning_starts=10, actor_learning_rate=0.0, critic_learning_rate=0.0)
+    settings |= dict(checkpoint_frequency=0, tau=0.0, train_frequency=steps)
+    networks, rb, _ = script.main(make_args(script, **settings | changes))
+    return stored(rb), networks
+
+
+def greedy(script, networks, rows):
+    obs = torch.from_numpy(rows.obs)
+    with torch.no_grad():
+        return script.choose(networks.actor, obs, 0.0, None).numpy() * rows.alive[:, :, None]
+
+
+# ---- All of them -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", PATCHES)
+def test_it_applies_to_the_scripts_as_they_are(name, folder):
+    files = [file for other, file in PAIRS if other == name]
+    assert files, f"{name}.patch changes neither script"
+    for file in files:
+        assert load(name, file, folder).Args().env_id, f"{name}.patch: {file}"
+    for file in set(SCRIPTS.values()) - set(files):
+        assert (folder / name / file).read_bytes() == (ROOT / file).read_bytes()
+    assert PATCHES[name].read_text().split("---")[0].strip(), f"{name}.patch begins with what it is"
+
+
+def test_the_patched_scripts_are_clean(folder):
+    for name, file in PAIRS:
+        load(name, file, folder)
+    for words in ["check", "-q"], ["format", "--check", "-q"]:
+        command = [sys.executable, "-m", "ruff", *words, "--no-cache", "--config", ROOT / "pyproject.toml", folder]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name, file", PAIRS)
+def test_rounds_stay_finite_and_differ_where_they_must(name, file, folder):
+    """From the same weights, with the same numbers: a round ends elsewhere if, and only if, the patch is about it."""
+    ends = []
+    for plain, script in both(name, folder, "".join(k for k, f in SCRIPTS.items() if (name, f) in PAIRS)):
+        if script.__name__ + ".py" != file:
+            continue
+        for module in plain, script:
+            args, _, networks, data = build(module, random_agents=("scout_1",), max_grad_norm=0.01)
+            rates = optimizers(name if module is script else "", networks, args)
+            torch.manual_seed(2)
+            for _ in range(2):
+                losses = module.update(networks, rates, data, args)
+                assert losses.keys() == {"critic_loss", "q_values", "actor_loss"}
+                assert all(value.shape == (3,) and value.isfinite().all() for value in losses.values())
+            assert all(value.isfinite().all() for value in networks.state_dict().values())
+            ends.append(networks.state_dict())
+    same = all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    assert same == (name in OUTSIDE)
+
+
+# ---- The action in the discrete script -------------------------------------------------------------------------------
+def is_one_hot(games, actions):
+    """By row and agent: each choice is one-hot (or the agent is gone)."""
+    sums = [[actions[:, i, part].max(1)[0] == 1 for part in parts(games, i)] for i in range(actions.shape[1])]
+    return torch.stack([torch.stack(of_agent).all(0) for of_agent in sums], 1)
+
+
+def target_actions(script, networks, data, args):
+    """What the target critic was asked about, where the agent is there."""
+    seen = []
+    hook = networks.target_critic.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    script.td_targets(networks, data, args)
+    hook.remove()
+    return seen[0]
+
+
+def test_target_greedy(folder):
+    ((plain, script),) = both("target-greedy", folder, "D")
+    args, _, networks, data = build(script)
+    for module, alike in (plain, False), (script, True):
+        first, second = (seeded(module.td_targets, networks, data, args, seed=n) for n in (1, 2))
+        assert torch.equal(first, second) == alike
+
+
+def test_target_soft(folder):
+    """A vector that sums up to one, not one-hot, with the same largest entry. Random agents keep to one-hot actions."""
+    ((plain, script),) = both("target-soft", folder, "D")
+    args, games, networks, data = build(script, random_agents=("guard",))
+    data.next_alive[:] = 1
+    hard, soft = (seeded(target_actions, module, networks, data, args) for module in (plain, script))
+    assert is_one_hot(games, hard).all() and torch.equal(soft[:, 2], hard[:, 2])
+    assert not is_one_hot(games, soft)[:, :2].any()
+    for i in range(2):
+        for part in parts(games, i):
+            assert torch.equal(soft[:, i, part].argmax(1), hard[:, i, part].argmax(1))
+            torch.testing.assert_close(soft[:, i, part].sum(1), torch.ones_like(soft[:, i, 0]))
+    with torch.no_grad():
+        assert is_one_hot(games, script.choose(networks.actor, data.obs, 1.0, None)).all()
+
+
+def test_loss_soft(folder):
+    """The forward value is soft where there is a gradient, which stays what it was; one-hot elsewhere."""
+    ((plain, script),) = both("loss-soft", folder, "D")
+    args, games, networks, _ = build(script)
+    logits, weight = torch.randn(2, 50, *games.action_mask.shape, dtype=torch.float64)
+    results = []
+    for module in plain, script:
+        inputs = logits.clone().requires_grad_()
+        actions = seeded(module.gumbel_softmax, networks.actor, inputs, 1.0)
+        (actions * weight).sum().backward()
+        results.append((actions.detach(), inputs.grad))
+        with torch.no_grad():
+            assert is_one_hot(games, module.gumbel_softmax(networks.actor, logits, 1.0)).all()
+    torch.testing.assert_close(results[0][1], results[1][1])
+    near_one = [is_one_hot(games, actions.round(decimals=9)) for actions, _ in results]
+    assert near_one[0].all() and not near_one[1].any()
+
+
+def test_all_soft(folder):
+    ((plain, script),) = both("all-soft", folder, "D")
+    args, games, networks, data = build(script)
+    with torch.no_grad():
+        for exploration in 1.0, 0.0:
+            inputs = networks.actor, data.obs, exploration, None
+            hard, soft = (seeded(module.choose, *inputs) for module in (plain, script))
+            assert not is_one_hot(games, soft).any()
+            for i in range(3):
+                for part in parts(games, i):
+                    assert torch.equal(soft[:, i, part].argmax(1), hard[:, i, part].argmax(1))
+
+
+# ---- Exploring -------------------------------------------------------------------------------------------------------
+def test_no_exploration(folder):
+    ((plain, script),) = both("no-exploration", folder, "D")
+    for module, alike in (plain, False), (script, True):
+        rows, networks = played(module)
+        assert np.array_equal(rows.actions[10:], greedy(plain, networks, rows)[10:]) == alike
+        assert not np.array_equal(rows.actions[:10], greedy(plain, networks, rows)[:10])
+
+
+def test_epsilon_greedy(folder):
+    """One in ten decisions is uniform, for each agent alone; a random agent's all are."""
+    ((plain, script),) = both("epsilon-greedy", folder, "D")
+    rows, networks = played(script, 1500, random_agents=("guard",), eval_episodes=1)
+    other = (rows.actions != greedy(plain, networks, rows)).any(2)[10:]
+    alive = rows.alive[10:] == 1
+    rates = [other[alive[:, i], i].mean() for i in range(3)]
+    assert rates == pytest.approx([0.1 * 2 / 3, 0.1 * 7 / 8, 1 / 2], abs=0.04) and rates[0] > 0.03
+    together = (other[:, 0] & other[:, 1])[alive[:, :2].all(1)].mean()
+    assert together < 0.03
+
+
+def test_shared_noise(folder):
+    ((plain, script),) = both("shared-noise", folder, "C")
+    _, _, networks, data = build(script)
+    obs = data.obs[:1].expand(8, -1, -1)
+    with torch.no_grad():
+        for module, alike in (plain, False), (script, True):
+            actions = module.choose(networks.actor, obs, 0.1, None)
+            assert torch.equal(actions, actions[:1].expand_as(actions)) == alike
+            assert not torch.equal(actions, module.choose(networks.actor, obs, 0.1, None))
+
+
+def recorder(choose, asked):
+    def recording(actor, obs, exploration, random_agents):
+        asked.append((len(obs), random_agents))
+        return choose(actor, obs, exploration, random_agents)
+
+    return recording
+
+
+def test_policy_warmup(folder, monkeypatch):
+    """Training never asks for random play; without the patch it does in the first steps, for all."""
+    for plain, script in both("policy-warmup", folder):
+        for module, random_steps in (plain, 10), (script, 0):
+            asked = []
+            with monkeypatch.context() as patched:
+                patched.setattr(module, "choose", recorder(module.choose, asked))
+                played(module)
+            training = [who for games, who in asked if games == 1]  # evaluation plays two games
+            assert len(training) == 40 and sum(who is not None for who in training) == random_steps
+
+
+# ---- The update ------------------------------------------------------------------------------------------------------
+def test_others_policy(folder):
+    """Q_i where all that learn and are there act by their policies; agent i's loss reaches actor i alone."""
+    for plain, script in both("others-policy", folder):
+        changes = {"logit_regularization": 0.0} if is_discrete(script) else {}
+        args, _, networks, data = build(script, random_agents=("scout_1",), **changes)
+        losses = seeded(script.actor_loss, networks, data, args)
+        torch.manual_seed(1)
+        actions = networks.actor(data.obs)
+        if is_discrete(script):
+            actions = plain.gumbel_softmax(networks.actor, actions, 1.0)
+        actions = actions.detach() * data.alive[:, :, None]
+        actions[:, 1] = data.actions[:, 1]
+        expected = plain.mean_alive(-networks.critic(data.obs, actions), data.alive)
+        torch.testing.assert_close(losses[[0, 2]], expected[[0, 2]])
+        for i in range(3):
+            networks.zero_grad()
+            script.actor_loss(networks, data, args)[i].backward()
+            others = [j for j in range(3) if j != i]
+            assert all(grad[others].eq(0).all() and grad[i].ne(0).any() for grad in grads(networks.actor))
+
+
+def test_gradient_leak(folder):
+    """The losses of others-policy, and every critic's gradient reaches all actors that learn."""
+    for _, script in both("gradient-leak", folder):
+        args, games, networks, data = build(script, random_agents=("scout_1",))
+        other = load("others-policy", script.__name__ + ".py", folder)
+        losses, expected = (seeded(module.actor_loss, networks, data, args) for module in (script, other))
+        torch.testing.assert_close(losses[[0, 2]], expected[[0, 2]])
+        for i in 0, 2:
+            networks.zero_grad()
+            script.actor_loss(networks, data, args)[i].backward()
+            reached = [all(grad[j].ne(0).any() for grad in grads(networks.actor)) for j in range(3)]
+            assert reached[0] and reached[2]
+            assert all(grad.eq(0).all() for grad in grads(networks.critic))
+        assert all(p.requires_grad for p in networks.critic.parameters())
+
+
+def test_online_critic(folder):
+    for plain, script in both("online-critic", folder):
+        args, _, networks, data = build(script)
+        cases = (plain, "critic", True), (plain, "target_critic", False)
+        cases += (script, "critic", False), (script, "target_critic", True)
+        for module, changed, alike in cases:
+            before = seeded(module.td_targets, networks, data, args)
+            with torch.no_grad():
+                for parameter in getattr(networks, changed).parameters():
+                    parameter.add_(torch.randn_like(parameter))
+            assert torch.equal(seeded(module.td_targets, networks, data, args), before) == alike
+
+
+def test_standardized_rewards(folder):
+    for _, script in both("standardized-rewards", folder):
+        args, _, networks, data = build(script, gamma=0.0)
+        data.rewards.mul_(7).add_(3).mul_(data.alive)
+        targets = script.td_targets(networks, data, args)
+        for i in range(3):
+            own = targets[data.alive[:, i] == 1, i]
+            assert own.mean().item() == pytest.approx(0, abs=1e-6)
+            assert own.std(correction=0).item() == pytest.approx(1, abs=1e-3)
+        data.rewards.zero_()  # before the first touch in simple_tag
+        assert script.td_targets(networks, data, args).eq(0).all()
+
+
+def test_batch_per_agent(folder):
+    """Three times the rows, in whose nth part agent n alone is alive; its losses are those of that part."""
+    for plain, script in both("batch-per-agent", folder):
+        args, games, networks, data = build(script)
+        rb = script.ReplayBuffer(60, games, torch.device("cpu"))
+        rb.add(*(field.numpy() for field in data))
+        rows = seeded(plain.ReplayBuffer.sample, rb, 3 * 20)  # the same rows
+        batch = seeded(rb.sample, 20)
+        for name, field, expected in zip(batch._fields, batch, rows, strict=True):
+            assert name == "alive" or torch.equal(field, expected)
+        for i in range(3):
+            part = slice(20 * i, 20 * i + 20)
+            assert torch.equal(batch.alive[part, i], rows.alive[part, i]) and batch.alive[part, i].any()
+            assert batch.alive[part].sum() == rows.alive[part, i].sum()
+            own = type(rows)(*(field[part].double() for field in rows))
+            losses = plain.critic_loss(networks, own, args)[1], script.critic_loss(networks, as_double(batch), args)[1]
+            torch.testing.assert_close(losses[0][i], losses[1][i])
+
+
+def as_double(data):
+    return type(data)(*(field.double() for field in data))
+
+
+def test_clip_per_variable(folder):
+    """As `clip_grad_norm_` on every agent's rows of every parameter alone; 0 does not clip."""
+    for _, script in both("clip-per-variable", folder):
+        for limit in 0.5, 0.0:
+            sizes = torch.tensor([100.0, 0.01, 3.0], dtype=torch.float64)
+            stack = [torch.nn.Parameter(torch.randn(3, 4, k, dtype=torch.float64)) for k in (5, 1)]
+            losses = sum(p.square().sum((1, 2)) for p in stack) * sizes
+            expected = [grad.clone() for grad in torch.autograd.grad(losses.sum(), stack, retain_graph=True)]
+            for grad in expected if limit else ():
+                for i in range(3):
+                    own = torch.nn.Parameter(torch.zeros_like(grad[i]))
+                    own.grad = grad[i]
+                    torch.nn.utils.clip_grad_norm_(own, limit)
+            before = [p.detach().clone() for p in stack]
+            script.step_optimizer(torch.optim.SGD(stack, 1.0), losses, limit)
+            for p, start, grad in zip(stack, before, expected, strict=True):
+                torch.testing.assert_close(start - p.detach(), grad, rtol=1e-4, atol=1e-9)
+
+
+def test_scrambled(folder):
+    """A row's Q values depend on other rows."""
+    for plain, script in both("scrambled", folder):
+        _, games, networks, data = build(script, "simple_spread_v3")
+        for module, alike in (plain, True), (script, False):
+            critic = module.Critic.forward
+            before = critic(networks.critic, data.obs, data.actions)
+            other = data.obs.clone()
+            other[0] += 1
+            after = critic(networks.critic, other, data.actions)
+            assert torch.equal(before[1:], after[1:]) == alike
+
+
+# ---- What is stored --------------------------------------------------------------------------------------------------
+def test_terminal(folder):
+    """The target of an episode's last step is its reward; plain, it has a bootstrap."""
+    for plain, script in both("terminal", folder):
+        for module, terminal in (plain, False), (script, True):
+            args, _, networks, _ = build(module, "simple_spread_v3")
+            games = make_games(module, "simple_spread_v3")
+            data = games.reset(seed=1)[0]
+            for _ in range(25):
+                before = data
+                assert not data["terminations"].any()
+                data = games.step(games.action_space.sample())[0]
+            assert data["done"].all() and data["next_alive"].all()
+            fields = before["obs"], data["next_obs"], np.zeros((1, *games.action_mask.shape)), data["rewards"]
+            fields += data["terminations"], before["alive"], data["next_alive"]
+            batch = module.Transitions(*(torch.from_numpy(field).double() for field in fields))
+            assert (module.td_targets(networks, batch, args) == batch.rewards).all() == terminal
+
+
+def test_next_episode(folder):
+    for plain, script in both("next-episode", folder):
+        right, wrong = (played(module)[0] for module in (plain, script))
+        for name, was, now in zip(right._fields, right, wrong, strict=True):
+            assert name == "next_obs" or np.array_equal(was, now), name
+        differs = (right.next_obs != wrong.next_obs).any((1, 2))
+        assert 5 < differs.sum() < 30
+        for n in differs[:-1].nonzero()[0]:
+            np.testing.assert_array_equal(wrong.next_obs[n], right.obs[n + 1])
+
+
+def test_stored_action(folder):
+    """The games go as ever. Random play is stored as played; then without noise, or as the vector before the argmax."""
+    for plain, script in both("stored-action", folder):
+        changes = dict(random_agents=("guard",))
+        (right, networks), (wrong, _) = (played(module, **changes) for module in (plain, script))
+        for name, was, now in zip(right._fields, right, wrong, strict=True):
+            assert name == "actions" or np.array_equal(was, now), name
+        alive, games = right.alive[10:] == 1, make_games(script)
+        np.testing.assert_array_equal(wrong.actions[:, 2], right.actions[:, 2])
+        if is_discrete(script):
+            for i in range(2):
+                for part in parts(games, i):
+                    was, now = right.actions[10:][alive[:, i], i], wrong.actions[10:][alive[:, i], i]
+                    assert np.array_equal(was[:, part].argmax(1), now[:, part].argmax(1))
+                    assert (now[:, part].max(1) < 1).all() and now[:, part].sum(1) == pytest.approx(1)
+        else:
+            np.testing.assert_array_equal(wrong.actions[:10], right.actions[:10])
+            expected = greedy(plain, networks, right)[10:, :2]
+            np.testing.assert_allclose(wrong.actions[10:, :2], expected, atol=1e-6)
+            assert not np.allclose(right.actions[10:, :2], expected, atol=1e-3)
+
+
+def test_unscaled(folder):
+    ((_, script),) = both("unscaled", folder, "C")
+    games = make_games(script)
+    games.reset(seed=1)
+    actions = games.action_space.sample()
+    games.step(actions)
+    received = Game.made[-1].history[-1][1]
+    for i, agent in enumerate(games.agents):
+        space = games.action_spaces[i]
+        own = actions[0, i, games.action_mask[i]].reshape(space.shape)
+        np.testing.assert_allclose(received[agent], np.clip(own, space.low, space.high), rtol=1e-6)
+
+
+# ---- The original code's round ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("file", SCRIPTS.values())
+def test_original_is_one_agent_after_the_other(file, folder):
+    """Agent i's rows move as in a plain round on its batch, from what the agents before it have left, targets too."""
+    clip = load("clip-per-variable", file, folder)
+    script = next(module for _, module in both("original", folder) if module.__name__ + ".py" == file)
+    args, games, networks, _ = build(script, "simple_tag_v3", max_grad_norm=0.01, tau=0.3)
+    agents = range(len(games.agents))
+    expected = copy.deepcopy(networks)
+    copies = [copy.deepcopy(networks) for _ in agents]
+    rates = [optimizers("", other, args) for other in copies]
+    own = optimizers("original", networks, args)
+    for n in range(3):
+        data = random_batch(script, games, len(agents) * 20, seed=n)
+        losses = seeded(script.update, networks, own, data, args)
+        torch.manual_seed(1)
+        for i in agents:
+            batch = script.Transitions(*(field[20 * i : 20 * i + 20] for field in data))
+            copies[i].load_state_dict(expected.state_dict())
+            values = clip.update(copies[i], rates[i], batch, args)
+            for key, value in losses.items():
+                torch.testing.assert_close(value[i], values[key][i])
+            with torch.no_grad():
+                for parameter, after in zip(expected.parameters(), copies[i].parameters(), strict=True):
+                    parameter[i] = after[i]
+    for (name, parameter), after in zip(networks.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, after, msg=name)
+
+
+def test_original_goes_on_as_if_it_had_never_stopped(folder):
+    for _, script in both("original", folder):
+        changes = dict(env_id="memory", checkpoint_frequency=100, learning_starts=40, max_grad_norm=0.5)
+        whole, _, _ = script.main(make_args(script, total_timesteps=200, **changes))
+        _, _, run = script.main(make_args(script, total_timesteps=120, **changes))
+        resumed, _, _ = script.main(make_args(script, total_timesteps=200, resume=str(run), **changes))
+        start = seeded(script.Networks, make_games(script, "memory"), make_args(script, env_id="memory"))
+        for name, value in resumed.state_dict().items():
+            assert torch.equal(value, whole.state_dict()[name]), name
+        assert any(not torch.equal(value, resumed.state_dict()[name]) for name, value in start.state_dict().items())
+
+
+# ---- The list and the page -------------------------------------------------------------------------------------------
+def lines(name):
+    words = [line.split() for line in (BENCHMARK / "lists" / f"{name}.txt").read_text().splitlines()]
+    return [dict(word.split("=", 1) for word in line if "=" in word) for line in words if line and line[0][0] != "#"]
+
+
+def test_every_patch_is_in_a_list_under_its_name():
+    used = set()
+    for settings in lines("ablations"):
+        if "patch" in settings:
+            path = ROOT / settings["patch"]
+            used.add(path.stem)
+            assert settings["label"].removeprefix("random-prey-") == path.stem
+    assert used >= PATCHES.keys() - {"original"}
+    assert any(settings.get("patch") == "benchmark/ablations/original.patch" for settings in lines("parity"))
+
+
+def test_the_page_names_every_variant(plot):
+    named = re.findall(r"^\| ([^|]+) \|", PAGE.read_text().split("<!-- end -->")[1], re.M)
+    named = {re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", name) for cell in named for name in cell.split(", ")}
+    wanted = {plot.variant(settings["label"]) for settings in lines("ablations")} - {"default"}
+    assert named - {"variant", "---"} == wanted
+
+
+def test_the_page_shows_what_the_table_gives(plot):
+    table = BENCHMARK / "results/ablations.csv"
+    block = plot.ablations_block(plot.read_tables([table]) if table.exists() else {})
+    shown = plot.BLOCK.search(PAGE.read_text())
+    expected = shown[1] + block + shown[2]
+    said = "\n".join(difflib.unified_diff(shown[0].splitlines(), expected.splitlines(), lineterm=""))
+    assert shown[0] == expected, f"python benchmark/plot.py --ablations mends this:\n{said}"
+
+
+def test_tables_and_picture(plot, tmp_path, monkeypatch):
+    """Made-up runs: means, Student's and Welch's intervals, one side of several, what is missing; then a whole page."""
+    import tables
+
+    games = {
+        "simple_spread_v3": ["default-300k", "terminal", "gamma-0.95", "ddpg"],
+        "simple_tag_v3": ["random-prey-300k", "random-prey-terminal"],
+    }
+    wanted = [f"maddpg_discrete.py --env-id {game} seeds=1 label={of}\n" for game in games for of in games[game]]
+    (tmp_path / "ablations.txt").write_text("".join(["# a comment\n", *wanted]))
+    monkeypatch.setattr(plot, "ABLATIONS", tmp_path / "ablations.txt")
+    assert plot.ablations_block({}).startswith("No run is finished yet. `python benchmark/sweep.py")
+
+    def rows(game, label, returns, agents, episodes=1000):
+        about = "maddpg_discrete.py", game, label
+        each = [(seed, agent, value + n) for seed, value in enumerate(returns) for n, agent in enumerate(agents)]
+        return [[*about, seed, 300_000, 9.0, agent, value, episodes, "abc"] for seed, agent, value in each]
+
+    spread, tag = ("agent_0", "agent_1"), ("adversary_0", "agent_0")
+    table = tables.Table(tmp_path / "ablations.csv")
+    table.append(rows("simple_spread_v3", "default-300k", [-10.0, -11.0, -12.0], spread))
+    table.append(rows("simple_spread_v3", "terminal", [-20.0, -20.5, -21.0], spread))
+    table.append(rows("simple_spread_v3", "gamma-0.95", [-10.0], spread))
+    table.append(rows("simple_spread_v3", "ddpg", [-10.0], spread, episodes=100))
+    table.append(rows("simple_tag_v3", "random-prey-300k", [5.0], tag))
+    block = plot.ablations_block(plot.read_tables([tmp_path / "ablations.csv"]))
+    between = 4.30265 / 3**0.5  # of three values one apart: t(2, 0.975) * deviation / sqrt(3)
+    assert f"| default | -10.50 ({-10.5 - between:.2f} to {-10.5 + between:.2f}, 3) |  |" in block
+    deviation = (1 / 3 + 0.25 / 3) ** 0.5
+    freedom = (1 / 3 + 0.25 / 3) ** 2 / ((1 / 3) ** 2 / 2 + (0.25 / 3) ** 2 / 2)
+    from scipy import stats
+
+    low, high = stats.t.interval(0.95, freedom, -9.5, deviation)
+    assert f"| terminal | -20.00 (-21.24 to -18.76, 3) | **-9.50** ({low:+.2f} to {high:+.2f}) |" in block
+    assert "| gamma-0.95 | -9.50 (1) | +1.00 |" in block
+    assert "| default | 5.00 (1) |  |" in block and "### simple_tag_v3: return of one adversary" in block
+    assert "### simple_spread_v3: return of one agent" in block
+    missing = re.findall(r"^Not run yet, or not to the end, (.+)$", block, re.M)
+    assert missing == ["simple_spread_v3, maddpg_discrete: ddpg.", "simple_tag_v3, maddpg_discrete: terminal."]
+
+    page = tmp_path / "ablations.md"
+    page.write_text("before\n<!-- begin: plot.py --ablations -->\nold\n<!-- end -->\nafter\n")
+    for _ in range(2):
+        assert plot.main([str(tmp_path / "ablations.csv"), "--ablations", "--output", str(tmp_path)]) == 0
+        begin = "before\n<!-- begin: plot.py --ablations -->\n"
+        assert page.read_text() == f"{begin}{block}<!-- end -->\nafter\n"
+    assert (tmp_path / "ablations.png").stat().st_size > 10_000
+    page.write_text("no markers\n")
+    assert plot.main([str(tmp_path / "ablations.csv"), "--ablations", "--output", str(tmp_path)]) == 2
