@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=30_000, help="of the episodes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results", help="where the files go")
     options = parser.parse_args(arguments)
-    folders = options.runs or [path.parent for path in sorted((ROOT / "benchmark/runs").glob("*/final.json"))]
+    done = [path.parent for path in sorted((ROOT / "benchmark/runs").glob("*/final.json"))]
+    folders = options.runs or [folder for folder in done if not (folder / "scripts").exists()]  # patched: not these
     rows = []
     try:
         import torch

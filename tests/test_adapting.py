@@ -31,7 +31,7 @@ EACH = [(name, script) for name, scripts in PATCHES.items() for script in script
 TOGETHER = [("sharing", "prioritised_replay"), ("layer_norm", "prioritised_replay"), ("matd3", "sharing")]
 TOGETHER += [(name, "csv_logger") for name in PATCHES if name not in ("csv_logger", "matd3_discrete")]
 
-FLAGS = ["--env-id", "games", "--total-timesteps", "2000", "--checkpoint-frequency", "1200", "--num-envs", "5"]
+FLAGS = ["--env-id", "games", "--total-timesteps", "2000", "--checkpoint-frequency", "1500", "--num-envs", "5"]
 FLAGS += ["--learning-starts", "500", "--train-frequency", "20", "--batch-size", "64", "--hidden-dim", "16"]
 FLAGS += ["--eval-episodes", "2", "--num-workers", "0", "--max-grad-norm", "0.5"]
 FLAGS += ["--ddpg-agents", "scout_1", "--random-agents", "guard"]
@@ -70,7 +70,9 @@ def apply(name, script, folder):
     """`git apply` to a copy of the script in `folder`, as the page says it: for its twin, with the name exchanged."""
     if not (folder / f"{script}.py").exists():
         shutil.copy(ROOT / f"{script}.py", folder)
-    text = re.sub(r"maddpg_\w+", script, (RECIPES / f"{name}.patch").read_text())
+    text = (RECIPES / f"{name}.patch").read_text()
+    if script == "maddpg_discrete":
+        text = "\n".join(line.replace("continuous", "discrete", 1) for line in text.split("\n"))
     result = in_folder(folder, "git", "apply", text=text)
     assert result.returncode == 0, f"{name}.patch does not apply to {script}.py any more: {result.stderr}"
 
@@ -183,12 +185,16 @@ def test_patched_scripts_train_and_resume(name, trained):
             torch.testing.assert_close(resumed[key], whole[key], rtol=0, atol=0)
 
 
-def test_the_page_names_every_recipe():
+def test_the_page_shows_every_recipe():
+    """Each file by a link, each patch with its size and its scripts, the game as it is."""
     page = (REPOSITORY / "docs" / "adapting.md").read_text()
-    for path in RECIPES.iterdir():
-        assert path.is_dir() or f"(recipes/{path.name})" in page, path.name
-    for path in RECIPES.glob("*.py"):
-        assert f"```python\n{path.read_text()}```" in page or path.name != "my_game.py"
+    assert all(f"(recipes/{path.name})" in page for path in RECIPES.glob("*.*"))
+    assert f"```python\n{(RECIPES / 'my_game.py').read_text()}```" in page
+    for name, scripts in PATCHES.items():
+        lines = (RECIPES / f"{name}.patch").read_text().splitlines()[2:]
+        counts = " | ".join(str(sum(line[0] == sign for line in lines)) for sign in "+-")
+        kind = "both" if len(scripts) == 2 else scripts[0].removeprefix("maddpg_")
+        assert f"[{name}.patch](recipes/{name}.patch) | {kind} | {counts} |" in page, (name, counts)
 
 
 # ---- Your own game ---------------------------------------------------------------------------------------------------
