@@ -23,7 +23,8 @@ Observations and actions are padded to the widest agent; masks keep the padding 
     terminations       [batch, n_agents]              1 where the agent's own end cuts the bootstrap, never a time limit
     alive, next_alive  [batch, n_agents]              1 where the agent acts; where the others still meet it afterwards
 
-The twins maddpg_continuous.py and maddpg_discrete.py differ in what their actions require and in nothing else.
+The twins maddpg_continuous.py and maddpg_discrete.py differ in what their actions require and in nothing else;
+docs/continuous_to_discrete.diff shows it.
 """
 
 import argparse
@@ -151,7 +152,7 @@ class Args:
             ("seed", 0, 2**32 - 1),
             ("exploration_noise", 0, math.inf),
             ("gamma tau", 0, 1),
-            ("num_envs", 1, self.total_timesteps),
+            ("num_envs", 1, min(self.total_timesteps, self.buffer_size)),
             ("num_workers", 0, self.num_envs),
             ("batch_size", 1, self.buffer_size),
             ("learning_starts", 0, self.total_timesteps),
@@ -161,7 +162,7 @@ class Args:
                 if value is not None and not low <= value <= high:
                     raise UsageError(f"--{name.replace('_', '-')} is {value}, but must lie between {low} and {high}")
         try:
-            dict(json.loads(self.env_kwargs))
+            {} | json.loads(self.env_kwargs)
         except (TypeError, ValueError) as error:
             raise UsageError(
                 f"--env-kwargs {self.env_kwargs} is no JSON object like '{{\"max_cycles\": 50}}'"
@@ -172,10 +173,6 @@ class Args:
             self.num_workers = max(shares, default=0)
         if self.num_workers and self.num_envs % self.num_workers:
             raise UsageError(f"--num-envs {self.num_envs} must be a multiple of --num-workers {self.num_workers}")
-        if self.cuda and not torch.cuda.is_available():
-            raise UsageError("--cuda: PyTorch finds no GPU, leave the flag out")
-        if self.track and not importlib.util.find_spec("wandb"):
-            raise UsageError("--track needs Weights & Biases: pip install wandb")
 
 
 # ---- The environment: from --env-id to games with joint arrays -------------------------------------------------------
@@ -228,7 +225,7 @@ def make_game(
             raise UsageError(f"--env-id {env_id} is no game ({error}); {hint}") from error
     try:
         game = make(**defaults | env_kwargs)
-    except (gym.error.DependencyNotInstalled, FailedToImport) as error:
+    except (gym.error.DependencyNotInstalled, FailedToImport, ImportError) as error:
         raise UsageError(f"--env-id {env_id}: {error}") from error
     except Exception as error:
         if not env_kwargs:
@@ -280,8 +277,8 @@ class Games(gym.Env):
         for agent, space in zip(self.agents, self.action_spaces, strict=True):
             if not isinstance(space, spaces.Box):
                 raise UsageError(f"{agent}'s actions are {space}, not a Box; Discrete ones are for maddpg_discrete.py")
-            if not space.is_bounded():
-                raise UsageError(f"{agent}'s actions {space} have infinite bounds: wrap them")
+            if not (space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+                raise UsageError(f"{agent}'s actions {space} have infinite bounds or are whole numbers: wrap them")
         self.action_mask = pad_mask([spaces.flatdim(space) for space in self.action_spaces])
         self.low, self.high = np.zeros((2, *self.action_mask.shape))
         self.low[self.action_mask] = np.concatenate([space.low.ravel() for space in self.action_spaces])
@@ -328,8 +325,9 @@ class Games(gym.Env):
         staying = [agent for agent in game.agents if not (terminations.get(agent) or truncations.get(agent))]
         self._write(observations, {*acting, *staying}, data["next_obs"][g])
         data["rewards"][g, acts] = [rewards[agent] for agent in acting]
-        data["terminations"][g, acts] = [terminations[agent] for agent in acting]
-        data["next_alive"][g, acts] = [a in staying or not (staying or terminations[a]) for a in acting]
+        data["terminations"][g, acts] = [terminations[agent] for agent in acting]  # no truncations: those bootstrap
+        at_limit = [] if staying else [agent for agent in acting if not terminations[agent]]
+        data["next_alive"][g] = [agent in staying or agent in at_limit for agent in self.agents]
         if staying:
             data["alive"][g] = [agent in staying for agent in self.agents]
             data["obs"][g] = data["next_obs"][g] * data["alive"][g, :, None]
@@ -452,6 +450,7 @@ class Critic(nn.Module):
         weight = self.layer_1.weight * self.visible
         x = torch.baddbmm(self.layer_1.bias.mT, weight.mT, joint.T.expand(len(weight), -1, -1))
         if change is not None:
+            # Critic i reads row i of `change` alone, so that only actor i is in its graph
             x = torch.baddbmm(x, weight[self.agent, self.own].mT, change.permute(1, 2, 0))
         return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
 
@@ -607,6 +606,7 @@ def evaluate(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         data, _ = games.reset(seed=seed)
+        check_finite(data, games.agents, 0)
         while min(map(len, returns)) * n_games < episodes:
             if film is not None:
                 film.append(draw(games, f"episode {len(returns[0]) + 1}", running[0]))
@@ -641,8 +641,10 @@ def save_film(networks: Networks, make: Callable[..., pettingzoo.ParallelEnv], p
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     games, film = Games(functools.partial(make, render_mode="rgb_array"), 1), []
     evaluate(networks, games, 5, seed, networks.random_agents, film)
-    frame_ms = 1000 / games.metadata.get("render_fps", 10)
-    film[0].save(path, save_all=True, append_images=film[1:], duration=frame_ms, loop=0)
+    every = 1 + len(film) // 200  # of long episodes not every step
+    frame_ms = every * 1000 / games.metadata.get("render_fps", 10)
+    film[0].save(path, save_all=True, append_images=film[every::every], duration=frame_ms, loop=0)
+    print(f"saved {path}")
 
 
 # ---- Checkpoints -----------------------------------------------------------------------------------------------------
@@ -675,7 +677,7 @@ def load(path: str, name: str) -> dict[str, Any]:
         with zipfile.ZipFile(file) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"its part {damaged} is damaged")
-        state = torch.load(file, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
         if state["kind"] != f"{Path(__file__).stem} {name}":
             raise ValueError(f"it is a {state['kind']}, not a {Path(__file__).stem} {name}")
     except Exception as error:  # whatever a damaged file makes of zipfile and unpickler
@@ -699,10 +701,13 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
         shares = [functools.partial(Games, make, share, w * share) for w in range(args.num_workers)]
         envs = gym.vector.AsyncVectorEnv(shares) if shares else Games(make, share)
         for number in handlers:
-            signal.signal(number, lambda number, frame: stops.append(number))
+            # The first signal ends training after the step or evaluation in progress, the second ends it at once
+            signal.signal(number, lambda n, _: sys.exit(128 + n) if stops else stops.append(n))
         yield envs, stops
     except (EOFError, ConnectionError) as error:
-        exits = [process.exitcode for process in envs.processes]
+        exits = [process.exitcode for process in getattr(envs, "processes", [])]
+        if not any(exits):  # the game's own error
+            raise
         raise UsageError(f"a worker died (exit codes {exits}; -9: killed, perhaps for want of memory)") from error
     except OSError as error:
         raise UsageError(f"the run cannot be written: {error}; the checkpoint written last is intact") from error
@@ -716,6 +721,12 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
 
 def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     """Trains; returns networks, replay buffer and run folder. Wrong arguments raise `UsageError`, nothing written."""
+    if args.cuda and not torch.cuda.is_available():
+        raise UsageError("--cuda: PyTorch finds no GPU, leave the flag out")
+    if args.track and not importlib.util.find_spec("wandb"):
+        raise UsageError("--track needs Weights & Biases: pip install wandb")
+    if args.render:
+        raise UsageError("--render goes with --evaluate; --capture-video records while training")
     saved = load(args.resume, "checkpoint.pt") if args.resume else None
     may_change = (
         "resume num_workers torch_threads checkpoint_frequency capture_video track eval_frequency eval_episodes"
@@ -734,7 +745,10 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     eval_games = Games(make, min(args.eval_episodes, 10))
     agents, networks, eval_seed = eval_games.agents, Networks(eval_games, args), args.seed + EVAL_SEEDS
     about = {"args": asdict(args) | {"resume": None}, "agents": agents}
-    bar = tqdm(total=args.total_timesteps, unit=" steps", dynamic_ncols=True, delay=0.1)
+    about |= {"obs_dims": eval_games.obs_mask.sum(1).tolist(), "action_dims": eval_games.action_mask.sum(1).tolist()}
+    about |= {"action_spaces": [str(space) for space in eval_games.action_spaces]}  # kind and bounds
+    begins_at = saved["progress"][0] if saved else 0
+    bar = tqdm(initial=begins_at, total=args.total_timesteps, unit=" steps", dynamic_ncols=True, delay=0.1)
     with bar, start_games(make, args) as (envs, stops):  # workers start before CUDA does
         device = torch.device("cuda" if args.cuda else "cpu")
         networks.to(device)
@@ -759,13 +773,13 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
                     break
                 except FileExistsError:  # another run of this second
                     run = run.with_name(f"{run.name}_")
-            writer = SummaryWriter(run, purge_step=saved and saved["progress"][0] + 1)
+            if args.track:
+                import wandb  # before the writer, so that its points are sent
+
+                wandb.init(name=run.name, config=asdict(args), sync_tensorboard=True, save_code=True)
+            writer = SummaryWriter(run, purge_step=saved and begins_at + 1)
         except OSError as error:
             raise UsageError(f"the run folder {run} cannot be written: {error.strerror}") from error
-        if args.track:
-            import wandb
-
-            wandb.init(name=run.name, config=asdict(args), sync_tensorboard=True, save_code=True)
         writer.add_text("arguments", "\n".join(f"    {name} = {value}" for name, value in asdict(args).items()))
         print(f"{run}: {', '.join(agents)}; the replay buffer takes {gib:.2f} GiB when full")
 
@@ -881,7 +895,8 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
                 bar.update(global_step - bar.n)
             ends = global_step + args.num_envs > args.total_timesteps
             if global_step % eval_frequency < args.num_envs:
-                trained, evaluated_at = evaluate_and_log()[0], global_step
+                (trained, eval_steps), evaluated_at = evaluate_and_log(), global_step
+                eval_frequency = args.eval_frequency or max(eval_frequency, 20 * eval_steps)  # longer episodes now
             if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs and not ends:
                 checkpoint()
 
@@ -893,7 +908,8 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         writer.close()
     save({**about, "networks": networks.state_dict()}, run / "model.pt")
     if stops:
-        print(f"stopped at step {global_step}; go on with --resume {run}", file=sys.stderr)
+        hint = f"; go on with --resume {run}" if args.checkpoint_frequency else ""
+        print(f"stopped at step {global_step}{hint}", file=sys.stderr)
         sys.exit(128 + stops[0])
     print(f"\nmean greedy return, {args.eval_episodes} episodes    random play    untrained      trained")
     for agent, *values in zip(agents, random_play, untrained, trained, strict=True):
@@ -918,7 +934,8 @@ def play(args: Args) -> np.ndarray:
     for agent, values in zip(games.agents, returns.T, strict=True):
         print(f"{agent:34}{values.mean():13.2f} +- {1.96 * values.std() / len(values) ** 0.5:.2f}")
     if args.capture_video:
-        save_film(networks, make, Path(args.evaluate) / "evaluation.gif", eval_seed)
+        run = Path(args.evaluate)
+        save_film(networks, make, (run.parent if run.is_file() else run) / "evaluation.gif", eval_seed)
     return returns
 
 
