@@ -157,7 +157,7 @@ class Args:
             ("gumbel_temperature", 0.01, math.inf),
             ("logit_regularization", 0, math.inf),
             ("gamma tau", 0, 1),
-            ("num_envs", 1, min(self.total_timesteps, self.buffer_size)),
+            ("num_envs", 1, self.total_timesteps),
             ("num_workers", 0, self.num_envs),
             ("batch_size", 1, self.buffer_size),
             ("learning_starts", 0, self.total_timesteps),
@@ -326,7 +326,7 @@ class Games(gym.Env):
         staying = [agent for agent in game.agents if not (terminations.get(agent) or truncations.get(agent))]
         self._write(observations, {*acting, *staying}, data["next_obs"][g])
         data["rewards"][g, acts] = [rewards[agent] for agent in acting]
-        data["terminations"][g, acts] = [terminations[agent] for agent in acting]  # no truncations: those bootstrap
+        data["terminations"][g, acts] = [terminations[agent] for agent in acting]
         at_limit = [] if staying else [agent for agent in acting if not terminations[agent]]
         data["next_alive"][g] = [agent in staying or agent in at_limit for agent in self.agents]
         if staying:
@@ -471,7 +471,6 @@ class Critic(nn.Module):
         weight = self.layer_1.weight * self.visible
         x = torch.baddbmm(self.layer_1.bias.mT, weight.mT, joint.T.expand(len(weight), -1, -1))
         if change is not None:
-            # Critic i reads row i of `change` alone, so that only actor i is in its graph
             x = torch.baddbmm(x, weight[self.agent, self.own].mT, change.permute(1, 2, 0))
         return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
 
