@@ -65,7 +65,6 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 LOG_FREQUENCY = 1_000  # environment steps between two points of the charts
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt
 EVAL_SEEDS = 2**32  # added to the run's seed, so that evaluation plays none of training's episodes
 
 
@@ -167,8 +166,9 @@ class Args:
                 if value is not None and not low <= value <= high:
                     raise UsageError(f"--{name.replace('_', '-')} is {value}, but must lie between {low} and {high}")
         try:
-            {} | json.loads(self.env_kwargs)
-        except (TypeError, ValueError) as error:
+            if not isinstance(json.loads(self.env_kwargs), dict):
+                raise ValueError
+        except ValueError as error:
             raise UsageError(
                 f"--env-kwargs {self.env_kwargs} is no JSON object like '{{\"max_cycles\": 50}}'"
             ) from error
@@ -227,6 +227,8 @@ def make_game(
             hint = f"the nearest names are {', '.join(near)}"
             if isinstance(error, ModuleNotFoundError) and error.name not in env_id:
                 hint = f"try pip install {error.name}"
+            if env_id in pettingzoo.aec_registry:
+                hint = "its agents move in turn, it has no parallel interface"
             raise UsageError(f"--env-id {env_id} is no game ({error}); {hint}") from error
     try:
         game = make(**defaults | env_kwargs)
@@ -742,7 +744,7 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
             signal.signal(number, lambda n, _: sys.exit(128 + n) if stops else stops.append(n))
         yield envs, stops
     except (EOFError, ConnectionError) as error:
-        exits = [process.exitcode for process in getattr(envs, "processes", [])]
+        exits = [process.join(1) or process.exitcode for process in getattr(envs, "processes", [])]
         if not any(exits):  # the game's own error
             raise
         raise UsageError(f"a worker died (exit codes {exits}; -9: killed, perhaps for want of memory)") from error
@@ -754,6 +756,13 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
             envs.closed = True
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep what is freed, which spares every round its page faults. Does nothing on other systems."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        for option, size in (-1, 2**30), (-3, 2**25):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
 
 
 def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
@@ -776,16 +785,19 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads)
-    with contextlib.suppress(AttributeError, OSError):  # let glibc keep freed memory: no page faults in every round
-        ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 2**30), ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**25)
+    keep_freed_memory()
     make = game_maker(args)
     eval_games = Games(make, min(args.eval_episodes, 10))
     if args.relaxed != eval_games.relaxed:
         raise UsageError("--relaxed goes with mpe2's continuous actions, and only with them")
     agents, networks, eval_seed = eval_games.agents, Networks(eval_games, args), args.seed + EVAL_SEEDS
-    about = {"args": asdict(args) | {"resume": None}, "agents": agents}
-    about |= {"obs_dims": eval_games.obs_mask.sum(1).tolist(), "action_dims": eval_games.action_mask.sum(1).tolist()}
-    about |= {"action_spaces": [str(space) for space in eval_games.action_spaces]}  # kind and bounds
+    about = {
+        "args": asdict(args) | {"resume": None},
+        "agents": agents,
+        "obs_dims": eval_games.obs_mask.sum(1).tolist(),
+        "action_dims": eval_games.action_mask.sum(1).tolist(),
+        "action_spaces": [str(space) for space in eval_games.action_spaces],  # kind and bounds
+    }
     begins_at = saved["progress"][0] if saved else 0
     bar = tqdm(initial=begins_at, total=args.total_timesteps, unit=" steps", dynamic_ncols=True, delay=0.1)
     with bar, start_games(make, args) as (envs, stops):  # workers start before CUDA does

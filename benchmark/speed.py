@@ -598,6 +598,7 @@ def as_line(row: Row, repeat: int, columns: dict) -> dict:
 def measure(args: Args, path: Path) -> None:
     """All groups in every repeat; the CSV is written after each."""
     torch.set_num_threads(1)
+    maddpg_continuous.keep_freed_memory()  # as training does
     torch.manual_seed(1)
     old, new, columns = read(path), [], machine()
     if "memory" in args.only:

@@ -47,8 +47,9 @@ def discrete():
 
 @pytest.fixture(autouse=True)
 def working_folder(tmp_path, monkeypatch):
-    """Every test works in a folder of its own, with the import path and the random numbers as they were."""
+    """Every test works in a folder of its own, with import path, random numbers and users' games as they were."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_game", raising=False)
     monkeypatch.setattr(sys, "path", sys.path[:])
     torch.manual_seed(0)
     small_games.Game.made.clear()

@@ -140,6 +140,7 @@ def parallel_env(kind="mixed", discrete=False, **kwargs):
     refused = {
         "infinite": spaces.Box(-np.inf, np.inf, (2,)),
         "half_infinite": spaces.Box(0, np.inf, (2,)),
+        "whole_numbers": spaces.Box(0, 7, (2,), np.int64),
         "tuple_actions": spaces.Tuple((spaces.Discrete(2), box)),
         "discrete_actions": spaces.Discrete(3),
         "box_actions": box,

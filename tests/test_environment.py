@@ -320,3 +320,33 @@ def test_a_game_alone_in_a_process_is_the_same_game(script):
     for data, other in zip(datas, expected, strict=True):
         for key, value in other.items():
             np.testing.assert_array_equal(data[key].reshape(value.shape), value)
+
+
+# ---- Agents that come late -------------------------------------------------------------------------------------------
+class LateComer(Game):
+    """Its second agent is there from the second step on."""
+
+    def reset(self, seed=None, options=None):
+        observations, infos = super().reset(seed, options)
+        self.agents = ["early"]
+        return {"early": observations["early"]}, {"early": infos["early"]}
+
+    def step(self, actions):
+        results = super().step(actions)
+        if self.steps == 1:
+            self.agents = ["early", "late"]
+            results[0]["late"] = self.observation_spaces["late"].sample()
+        return results
+
+
+def test_an_agent_that_comes_late_is_met_from_the_step_before(script):
+    """It is in everyone's targets as soon as it is there: next_alive of a step says who acts in the one after."""
+    box, actions = spaces.Box(-1, 1, (2,)), spaces.Discrete(3) if is_discrete(script) else spaces.Box(-1, 1, (2,))
+    spaces_of = dict.fromkeys(("early", "late"), box), dict.fromkeys(("early", "late"), actions)
+    games, rng = script.Games(lambda: LateComer(*spaces_of), 1), np.random.default_rng(1)
+    data = [games.reset(seed=1)[0]]
+    data += [games.step(random_actions(script, games, rng))[0] for _ in range(4)]
+    assert [step["alive"][0].tolist() for step in data[:2]] == [[1, 0], [1, 1]]
+    for before, after in zip(data[1:], data[2:], strict=False):
+        assert (before["next_alive"] == before["alive"]).all() and after["next_alive"].all()
+    assert np.abs(data[1]["next_obs"][0, 1]).max() > 0

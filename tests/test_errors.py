@@ -26,6 +26,7 @@ BOTH = {
     "no_game": (["--env-id", "mine", "--env-kwargs", '{"kind": "no_game"}'], ["mine", "ParallelEnv"]),
     "not_parallel": (["--env-id", "turn_based"], ["turn_based", "parallel_env"]),
     "classic": (["--env-id", "classic/chess_v6"], ["classic/chess_v6"]),
+    "in_turn": (["--env-id", "classic/chess-v6"], ["classic/chess-v6", "no parallel interface"]),
     "missing_package": (["--env-id", "needs_more"], ["pip install", "a_package_that_is_missing"]),
     "large_buffer": (
         ["--buffer-size", "1000000000000", "--total-timesteps", "1000000000000"],
@@ -33,6 +34,8 @@ BOTH = {
     ),
     "bad_json": (["--env-kwargs", "{max_cycles: 5}"], ["--env-kwargs", "JSON"]),
     "json_number": (["--env-kwargs", "5"], ["--env-kwargs", "JSON"]),
+    "json_list": (["--env-kwargs", "[]"], ["--env-kwargs", "JSON"]),
+    "render_alone": (["--render"], ["--render", "--evaluate"]),
     "unknown_key": (["--env-kwargs", '{"max_cycle": 5}'], ["--env-kwargs", "max_cycle"]),
     "batch_0": (["--batch-size", "0"], ["--batch-size", "0"]),
     "batch_and_buffer": (["--batch-size", "500", "--buffer-size", "499"], ["--batch-size", "499"]),
@@ -59,6 +62,7 @@ CONTINUOUS = {
     ),
     "infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "infinite"}'], ["agent_0", "infinite"]),
     "half_infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "half_infinite"}'], ["agent_0", "infinite"]),
+    "whole": (["--env-id", "mine", "--env-kwargs", '{"kind": "whole_numbers"}'], ["agent_0", "whole numbers"]),
     "noise": (["--exploration-noise", "-0.1"], ["--exploration-noise"]),
 }
 DISCRETE = {

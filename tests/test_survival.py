@@ -5,7 +5,9 @@ The slow test makes all of them: python -m pytest -m slow tests/test_survival.py
 
 import csv
 import errno
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,3 +117,62 @@ def test_resume_as_a_command(script, monkeypatch):
     result = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     assert script.load(str(run), "checkpoint.pt")["added"] == 400
+
+
+ENDLESS = """
+import numpy as np
+from gymnasium import spaces
+from pettingzoo import ParallelEnv
+
+
+class Game(ParallelEnv):
+    metadata, render_mode, possible_agents = {"name": "endless"}, None, ["one"]
+
+    def __init__(self, discrete):
+        self.actions = spaces.Discrete(2) if discrete else spaces.Box(-1, 1, (1,))
+
+    observation_space = lambda self, agent: spaces.Box(-1, 1, (1,))
+    action_space = lambda self, agent: self.actions
+
+    def reset(self, seed=None, options=None):
+        self.agents = ["one"]
+        return {"one": np.zeros(1, np.float32)}, {}
+
+    def step(self, actions):
+        return {"one": np.zeros(1, np.float32)}, {"one": 0.0}, {"one": False}, {"one": False}, {}
+
+
+parallel_env = Game
+"""
+
+
+def test_a_second_signal_ends_at_once(script, working_folder):
+    """Also in an evaluation whose episodes never end, where the first one has to wait."""
+    (working_folder / "endless.py").write_text(ENDLESS)
+    kwargs = json.dumps({"discrete": script.__name__ == "maddpg_discrete"})
+    line = [sys.executable, str(ROOT / f"{script.__name__}.py"), "--env-id", "endless", "--env-kwargs", kwargs]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(Path("runs").glob("*/events*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        stderr = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("flag", ["cuda", "track"])
+def test_a_model_serves_where_it_was_not_trained(script, flag, monkeypatch):
+    """One trained on a GPU, or logged to Weights & Biases, plays on a machine without."""
+    run = script.main(make_args(script))[2]
+    saved = script.load(str(run), "model.pt")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    args = script.Args(**saved["args"] | {flag: True, "evaluate": str(run), "eval_episodes": 3})
+    assert script.play(args).shape == (3, 3)
