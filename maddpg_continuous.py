@@ -509,8 +509,8 @@ class ReplayBuffer:
     def add(self, *fields: np.ndarray) -> None:
         """Copies the fields of `Transitions`, each [num_envs, n_agents, ...], over the oldest rows."""
         new = np.concatenate([field.reshape(len(field), -1) for field in fields], axis=1, dtype=np.float32)
-        index = (self.added + torch.arange(len(new))) % len(self.rows)
-        self.rows.index_copy_(0, index.to(self.rows.device), torch.from_numpy(new).to(self.rows.device))
+        index = torch.arange(self.added, self.added + len(new), device=self.rows.device) % len(self.rows)
+        self.rows.index_copy_(0, index, torch.from_numpy(new).to(self.rows.device))
         self.added += len(new)
 
     def sample(self, batch_size: int) -> Transitions:
@@ -593,7 +593,7 @@ def update(networks: Networks, optimizers: tuple, data: Transitions, args: Args)
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(
     networks: Networks, games: Games, episodes: int, seed: int, random_agents: Tensor | None, film: list | None = None
 ) -> tuple[np.ndarray, int]:
@@ -809,9 +809,10 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
                 save_film(networks, make, run / f"step_{global_step}.gif", eval_seed)
             return returns.mean(0), steps
 
+        shapes = {key: (args.num_envs, *space.shape[1:]) for key, space in eval_games.observation_space.items()}
+
         def join(result: tuple) -> dict[str, np.ndarray]:  # one worker's games after the other's
-            shapes = {key: space.shape[1:] for key, space in eval_games.observation_space.items()}
-            return {key: array.reshape(args.num_envs, *shapes[key]) for key, array in result[0].items()}
+            return {key: array.reshape(shapes[key]) for key, array in result[0].items()}
 
         def checkpoint() -> None:
             if not all(tensor.isfinite().all() for tensor in (*networks.parameters(), *losses.values())):
@@ -865,7 +866,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         while global_step + args.num_envs <= args.total_timesteps and not stops:
             # Choose, and let the workers begin the step
             random_agents = everyone if global_step < args.learning_starts else networks.random_agents
-            with torch.no_grad():
+            with torch.inference_mode():
                 obs = torch.from_numpy(data["obs"]).to(device)
                 actions = choose(networks.actor, obs, args.exploration_noise, random_agents).cpu().numpy()
             if not np.isfinite(actions).all():

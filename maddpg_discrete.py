@@ -435,7 +435,7 @@ class Actor(nn.Module):
         self.layer_2 = StackedLinear(hidden, hidden_dim)
         self.layer_3 = StackedLinear(hidden, action_mask.shape[1])
         self.register_buffer("action_mask", action_mask.float())
-        self.register_buffer("padding", ~action_mask)
+        self.register_buffer("padding_logits", torch.where(action_mask, 0.0, -1e9))
 
     def forward(self, obs: Tensor) -> Tensor:
         x = self.layer_2(self.layer_1(obs.transpose(0, 1), relu=True), relu=True)
@@ -508,10 +508,10 @@ def gumbel_softmax(actor: Actor, logits: Tensor, temperature: float) -> Tensor:
     if temperature > 0:
         uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)  # the log of 0 would be infinite
         logits = (logits - uniform.log_().neg_().log_()) / temperature
-    choices = logits.masked_fill(actor.padding, -1e9).unflatten(2, (actor.n_choices, -1))
+    choices = (logits + actor.padding_logits).contiguous().unflatten(2, (actor.n_choices, -1))
     one_hot = torch.zeros_like(choices).scatter_(3, choices.argmax(3, keepdim=True), 1.0)
     if actor.relaxed or torch.is_grad_enabled():
-        soft = choices.softmax(3)
+        soft = choices.movedim(0, 3).softmax(2).movedim(3, 0)  # with the batch last, ten times faster on CPUs
         one_hot = soft if actor.relaxed else one_hot + (soft - soft.detach())
     return one_hot.flatten(2) * actor.action_mask
 
@@ -545,8 +545,8 @@ class ReplayBuffer:
     def add(self, *fields: np.ndarray) -> None:
         """Copies the fields of `Transitions`, each [num_envs, n_agents, ...], over the oldest rows."""
         new = np.concatenate([field.reshape(len(field), -1) for field in fields], axis=1, dtype=np.float32)
-        index = (self.added + torch.arange(len(new))) % len(self.rows)
-        self.rows.index_copy_(0, index.to(self.rows.device), torch.from_numpy(new).to(self.rows.device))
+        index = torch.arange(self.added, self.added + len(new), device=self.rows.device) % len(self.rows)
+        self.rows.index_copy_(0, index, torch.from_numpy(new).to(self.rows.device))
         self.added += len(new)
 
     def sample(self, batch_size: int) -> Transitions:
@@ -631,7 +631,7 @@ def update(networks: Networks, optimizers: tuple, data: Transitions, args: Args)
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(
     networks: Networks, games: Games, episodes: int, seed: int, random_agents: Tensor | None, film: list | None = None
 ) -> tuple[np.ndarray, int]:
@@ -849,9 +849,10 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
                 save_film(networks, make, run / f"step_{global_step}.gif", eval_seed)
             return returns.mean(0), steps
 
+        shapes = {key: (args.num_envs, *space.shape[1:]) for key, space in eval_games.observation_space.items()}
+
         def join(result: tuple) -> dict[str, np.ndarray]:  # one worker's games after the other's
-            shapes = {key: space.shape[1:] for key, space in eval_games.observation_space.items()}
-            return {key: array.reshape(args.num_envs, *shapes[key]) for key, array in result[0].items()}
+            return {key: array.reshape(shapes[key]) for key, array in result[0].items()}
 
         def checkpoint() -> None:
             if not all(tensor.isfinite().all() for tensor in (*networks.parameters(), *losses.values())):
@@ -905,7 +906,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         while global_step + args.num_envs <= args.total_timesteps and not stops:
             # Choose, and let the workers begin the step
             random_agents = everyone if global_step < args.learning_starts else networks.random_agents
-            with torch.no_grad():
+            with torch.inference_mode():
                 obs = torch.from_numpy(data["obs"]).to(device)
                 actions = choose(networks.actor, obs, args.gumbel_temperature, random_agents).cpu().numpy()
             if not np.isfinite(actions).all():

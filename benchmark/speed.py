@@ -167,7 +167,7 @@ def chooser(script: ModuleType, hidden_dim: int) -> Callable[[], np.ndarray]:
     exploration = args.gumbel_temperature if script is maddpg_discrete else args.exploration_noise
 
     def once() -> np.ndarray:
-        with torch.no_grad():
+        with torch.inference_mode():
             obs = torch.from_numpy(data["obs"]).to(CPU)
             actions = script.choose(networks.actor, obs, exploration, networks.random_agents).cpu().numpy()
         actions *= data["alive"][:, :, None]
