@@ -32,6 +32,7 @@ import contextlib
 import copy
 import ctypes
 import difflib
+import errno
 import functools
 import importlib.util
 import json
@@ -76,13 +77,13 @@ class UsageError(Exception):
 @dataclass
 class Args:
     env_id: str = "simple_tag_v3"
-    """Gymnasium id (Pendulum-v1), mpe2 scenario (simple_tag_v3), PettingZoo id (sisl/multiwalker-v9), or a module with
-    `parallel_env` (my_package.my_game)"""
+    """Gymnasium id (Pendulum-v1), mpe2 scenario (simple_tag_v3), PettingZoo id (sisl/multiwalker-v9), or a module that
+    has a `parallel_env` (my_package.my_game)"""
     env_kwargs: str = "{}"
     """keyword arguments of the environment, as JSON: '{"max_cycles": 50}'"""
     total_timesteps: int = 100_000
-    """environment steps, over all games; in one step every agent acts once. The default is a first look, of minutes
-    (paper: 1.5 million)"""
+    """environment steps, over all games; in one step every agent acts once. The default is a first look
+    of minutes (paper: 1.5 million)"""
     seed: int = 1
     """seed of networks, noise, batches and games"""
     exp_name: str = Path(__file__).stem
@@ -123,8 +124,7 @@ class Args:
     num_envs: int = 25
     """games played side by side. With one for each step of train_frequency, playing hides behind learning"""
     num_workers: int | None = None
-    """processes that play them while this one learns, 0 for none; results do not depend on it. Default: by cores, with
-    at least 4 games each"""
+    """processes that play them, 0 for none; results do not depend on it. Default: by cores, at least 4 games each"""
     torch_threads: int = 1
     """CPU threads of PyTorch: with networks this small more are slower, many times so beside other programs"""
     cuda: bool = False
@@ -156,14 +156,14 @@ class Args:
             ("gumbel_temperature", 0.01, math.inf),
             ("logit_regularization", 0, math.inf),
             ("gamma tau", 0, 1),
-            ("num_envs", 1, self.total_timesteps),
+            ("num_envs", 1, min(self.total_timesteps, self.buffer_size)),
             ("num_workers", 0, self.num_envs),
             ("batch_size", 1, self.buffer_size),
             ("learning_starts", 0, self.total_timesteps),
         ):
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not low <= value <= high:
+                if value is not None and not (low <= value <= high and math.isfinite(value)):
                     raise UsageError(f"--{name.replace('_', '-')} is {value}, but must lie between {low} and {high}")
         try:
             if not isinstance(json.loads(self.env_kwargs), dict):
@@ -220,8 +220,10 @@ def make_game(
     else:
         sys.path.append(os.getcwd())
         try:
-            make = importlib.import_module(env_id).parallel_env
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            make = getattr(importlib.import_module(env_id.strip(".") or "?"), "parallel_env", None)
+            if not make:
+                raise ImportError("the module has no parallel_env")
+        except ImportError as error:  # any other error in a user's module is his to see
             names = [*scenarios, *pettingzoo.parallel_registry, *gym.registry]
             near = difflib.get_close_matches(re.split("[./]", env_id)[-1], names, cutoff=0)
             hint = f"the nearest names are {', '.join(near)}"
@@ -235,9 +237,9 @@ def make_game(
     except (gym.error.DependencyNotInstalled, FailedToImport, ImportError) as error:
         raise UsageError(f"--env-id {env_id}: {error}") from error
     except Exception as error:
-        if not env_kwargs:
+        if not env_kwargs and not render_mode:
             raise
-        raise UsageError(f"--env-kwargs {json.dumps(env_kwargs)} does not suit {env_id}: {error}") from error
+        raise UsageError(f"--env-kwargs {json.dumps(defaults | env_kwargs)} do not suit {env_id}: {error}") from error
     if env_id in scenarios:
         # The raw environment makes the transitions of `parallel_env` without wrappers around every agent's turn. `last`
         # is called each turn for an observation that nobody reads, so it makes none.
@@ -329,6 +331,7 @@ class Games(gym.Env):
         self._write(observations, {*acting, *staying}, data["next_obs"][g])
         data["rewards"][g, acts] = [rewards[agent] for agent in acting]
         data["terminations"][g, acts] = [terminations[agent] for agent in acting]
+        # Not alive afterwards: who was terminated, or truncated while the others play on
         at_limit = [] if staying else [agent for agent in acting if not terminations[agent]]
         data["next_alive"][g] = [agent in staying or agent in at_limit for agent in self.agents]
         if staying:
@@ -374,13 +377,9 @@ class Games(gym.Env):
                 flat = spaces.flatten(space, observations[agent])
                 row[: len(flat)] = flat
 
-    def close(self) -> None:
-        for game in self.games:
-            game.close()
-
 
 def check_finite(data: dict[str, np.ndarray], agents: Sequence[str], step: int) -> None:
-    """Raises `UsageError` for a NaN or infinity in what `Games` gave."""
+    """Raises `UsageError` for a NaN or infinity in what `Games` gave. Losses and weights: see `log`, `checkpoint`."""
     for name in ("rewards", "next_obs", "obs"):
         if not np.isfinite(data[name]).all():
             agent = agents[np.argwhere(~np.isfinite(data[name]))[0][1]]
@@ -473,7 +472,7 @@ class Critic(nn.Module):
         weight = self.layer_1.weight * self.visible
         x = torch.baddbmm(self.layer_1.bias.mT, weight.mT, joint.T.expand(len(weight), -1, -1))
         if change is not None:
-            x = torch.baddbmm(x, weight[self.agent, self.own].mT, change.permute(1, 2, 0))
+            x = torch.baddbmm(x, weight[self.agent, self.own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
         return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
 
 
@@ -496,7 +495,7 @@ class Networks(nn.Module):
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
-            raise UsageError(f"the saved networks are of another kind: {' '.join(str(error).split())}") from error
+            raise UsageError(f"the saved networks are of another kind: {' '.join(str(error).split())[:300]}") from error
 
 
 def gumbel_softmax(actor: Actor, logits: Tensor, temperature: float) -> Tensor:
@@ -749,6 +748,8 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
             raise
         raise UsageError(f"a worker died (exit codes {exits}; -9: killed, perhaps for want of memory)") from error
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
         raise UsageError(f"the run cannot be written: {error}; the checkpoint written last is intact") from error
     finally:
         for process in getattr(envs, "processes", []):
@@ -787,6 +788,8 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     torch.set_num_threads(args.torch_threads)
     keep_freed_memory()
     make = game_maker(args)
+    if args.capture_video:
+        make(render_mode="rgb_array")  # refuses games without pictures at once
     eval_games = Games(make, min(args.eval_episodes, 10))
     if args.relaxed != eval_games.relaxed:
         raise UsageError("--relaxed goes with mpe2's continuous actions, and only with them")
@@ -799,10 +802,12 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         "action_spaces": [str(space) for space in eval_games.action_spaces],  # kind and bounds
     }
     begins_at = saved["progress"][0] if saved else 0
-    bar = tqdm(initial=begins_at, total=args.total_timesteps, unit=" steps", dynamic_ncols=True, delay=0.1)
+    last_step = args.total_timesteps // args.num_envs * args.num_envs
+    bar = tqdm(initial=begins_at, total=last_step, unit=" steps", dynamic_ncols=True, delay=0.1)
     with bar, start_games(make, args) as (envs, stops):  # workers start before CUDA does
         device = torch.device("cuda" if args.cuda else "cpu")
         networks.to(device)
+        # One Adam for all agents: it works element by element, and they share no parameter
         actor_optimizer = torch.optim.Adam(networks.actor.parameters(), lr=args.actor_learning_rate, fused=True)
         critic_optimizer = torch.optim.Adam(networks.critic.parameters(), lr=args.critic_learning_rate, fused=True)
         optimizers = actor_optimizer, critic_optimizer
@@ -903,7 +908,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         check_finite(data, agents, global_step)
         start = time.time() - seconds
 
-        while global_step + args.num_envs <= args.total_timesteps and not stops:
+        while global_step < last_step and not stops:
             # Choose, and let the workers begin the step
             random_agents = everyone if global_step < args.learning_starts else networks.random_agents
             with torch.inference_mode():
@@ -911,7 +916,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
                 actions = choose(networks.actor, obs, args.gumbel_temperature, random_agents).cpu().numpy()
             if not np.isfinite(actions).all():
                 raise UsageError(f"actions are not finite at step {global_step}: training has diverged")
-            actions *= data["alive"][:, :, None]
+            actions *= data["alive"][:, :, None]  # of agents that are gone zeros are stored
             if args.num_workers:
                 envs.step_async(actions.reshape(envs.action_space.shape))
 
@@ -945,11 +950,11 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
                     ended = []
                 writer.add_scalar("charts/SPS", global_step / (time.time() - start), global_step)
                 bar.update(global_step - bar.n)
-            ends = global_step + args.num_envs > args.total_timesteps
             if global_step % eval_frequency < args.num_envs:
                 (trained, eval_steps), evaluated_at = evaluate_and_log(), global_step
                 eval_frequency = args.eval_frequency or max(eval_frequency, 20 * eval_steps)  # longer episodes now
-            if args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs and not ends:
+            due = args.checkpoint_frequency and global_step % args.checkpoint_frequency < args.num_envs
+            if due and global_step < last_step:
                 checkpoint()
 
         bar.update(global_step - bar.n)
@@ -982,7 +987,7 @@ def play(args: Args) -> np.ndarray:
     networks, eval_seed = Networks(games, args), args.seed + EVAL_SEEDS
     networks.restore(load(args.evaluate, "model.pt")["networks"])
     returns, _ = evaluate(networks, games, args.eval_episodes, eval_seed, networks.random_agents)
-    print(f"mean greedy return, {len(returns)} episodes")
+    print(f"mean greedy return +- 1.96 standard errors, {len(returns)} episodes")
     for agent, values in zip(games.agents, returns.T, strict=True):
         print(f"{agent:34}{values.mean():13.2f} +- {1.96 * values.std() / len(values) ** 0.5:.2f}")
     if args.capture_video:

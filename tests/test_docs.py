@@ -3,7 +3,9 @@
 import difflib
 import io
 import re
+import shutil
 import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -66,6 +68,19 @@ def test_python_blocks_run(page):
     session = {"__name__": "__page__"}
     for line, source in python_blocks(page.read_text()):
         exec(compile("\n" * line + source, str(page), "exec"), session)
+
+
+def test_readme_plays_a_saved_model(tmp_path):
+    """The README's one Python block, after its own words in a process of its own, with a run that was just made."""
+    command = [sys.executable, "maddpg_discrete.py", "--total-timesteps", "100", "--learning-starts", "50"]
+    command += ["--num-envs", "5", "--eval-episodes", "1"]
+    shutil.copy(REPOSITORY / "maddpg_discrete.py", tmp_path)
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    ((_, source),) = python_blocks((REPOSITORY / "README.md").read_text())
+    (run,) = (tmp_path / "runs").iterdir()
+    source = source.replace("runs/RUN", f"runs/{run.name}") + "print(data['rewards'].shape, actions.sum(2).tolist())"
+    played = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert played.stdout == "(1, 4) [[1.0, 1.0, 1.0, 1.0]]\n"
 
 
 @pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)

@@ -13,6 +13,9 @@ MODULES = {
     "needs_more": "import a_package_that_is_missing\nparallel_env = None",
     "turn_based": "def env():\n    pass",
     "mine": "import games\nparallel_env = games.parallel_env",
+    "blind": "def parallel_env():\n    pass",
+    "faulty": "parallel_env = None.game",
+    "file_missing": "def parallel_env():\n    open('nothing_of_that_name')",
 }
 
 # arguments, and what the line must say
@@ -37,6 +40,7 @@ BOTH = {
     "json_list": (["--env-kwargs", "[]"], ["--env-kwargs", "JSON"]),
     "render_alone": (["--render"], ["--render", "--evaluate"]),
     "unknown_key": (["--env-kwargs", '{"max_cycle": 5}'], ["--env-kwargs", "max_cycle"]),
+    "no_pictures": (["--env-id", "blind", "--capture-video"], ["render_mode", "blind"]),
     "batch_0": (["--batch-size", "0"], ["--batch-size", "0"]),
     "batch_and_buffer": (["--batch-size", "500", "--buffer-size", "499"], ["--batch-size", "499"]),
     "gamma": (["--gamma", "1.5"], ["--gamma", "1.5"]),
@@ -46,9 +50,11 @@ BOTH = {
     "train_frequency": (["--train-frequency", "0"], ["--train-frequency"]),
     "hidden_dim": (["--hidden-dim", "0"], ["--hidden-dim"]),
     "num_envs": (["--num-envs", "0"], ["--num-envs"]),
+    "games_and_buffer": (["--num-envs", "9", "--buffer-size", "8", "--batch-size", "1"], ["--num-envs", "8"]),
     "workers": (["--num-envs", "3", "--num-workers", "2"], ["--num-envs", "--num-workers"]),
     "eval_episodes": (["--eval-episodes", "0"], ["--eval-episodes"]),
     "learning_rate": (["--actor-learning-rate", "-1"], ["--actor-learning-rate"]),
+    "infinite_rate": (["--critic-learning-rate", "inf"], ["--critic-learning-rate", "inf"]),
     "seed": (["--seed", "-1"], ["--seed"]),
     "large_seed": (["--seed", "5000000000"], ["--seed"]),
     "ddpg_agent": (["--ddpg-agents", "wolf"], ["wolf", "adversary_0", "agent_0"]),
@@ -136,6 +142,22 @@ def test_optional_packages_and_devices(name, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     status, line = run_here(name, ["--cuda"], monkeypatch, capsys)
     assert status == 2 and line.count("\n") == 1 and "--cuda" in line
+
+
+@pytest.mark.parametrize("env_id, error", [("faulty", AttributeError), ("file_missing", FileNotFoundError)])
+def test_errors_of_a_users_game_are_shown(script, env_id, error):
+    """With their traceback: one line would hide where in his module it is."""
+    with pytest.raises(error):
+        script.main(script.Args(env_id=env_id))
+
+
+def test_game_that_loses_its_file_is_not_a_full_disk(script, monkeypatch):
+    def step(*_):
+        raise FileNotFoundError("the game's own")
+
+    monkeypatch.setattr(script.Games, "_step_game", step)
+    with pytest.raises(FileNotFoundError, match="the game's own"):
+        script.main(script.Args(env_id="simple_v3", total_timesteps=100, learning_starts=0, num_workers=0))
 
 
 def test_main_raises_usage_error(script):
