@@ -20,6 +20,8 @@ many agents           one round of 3, 12 and 48 agents of a made-up game, over i
 training              `main` itself, from the 800th step on, in steps per second. Its replay buffer is full from the
                       start (random numbers, a million rows) and takes the time stamps; logging is in, evaluation
                       and checkpoints are not. Its ratio is to the mean of the bare simulator just before and after
+time to a score       steps to the first evaluation at or above it, a mean over the seeds of results/marks.csv, over the
+                      ratio of training with default flags: the steps of the bare simulator in the same time
 one training step     the same with num_envs 1, with a stopwatch on its parts
 memory                a million-row buffer, and this process's resident size before and after it is filled
 hardware              with --compile or --cuda: one round, eager and compiled, on the processor and the GPU
@@ -46,6 +48,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import matplotlib
@@ -55,7 +58,7 @@ import psutil
 import torch
 import tyro
 from gymnasium import spaces
-from mpe2 import simple_tag_v3
+from mpe2 import simple_spread_v3, simple_tag_v3
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -78,6 +81,12 @@ RUNS = (
     (1, 0, 64, 25),
     (1, 0, 128, 25),
 )
+
+SCORES = (
+    (-10.2, 0.8e6),
+    (-9.0, 1.3e6),
+)  # simple_spread_v3, continuous, one agent's return: the mark in the bare simulator's steps
+DEFAULT_RUN = "simple_spread_v3, continuous, default flags"
 
 Row = namedtuple("Row", "quantity setting value unit reference ratio", defaults=("", ""))
 Functions = dict[str, Callable[[], object]]
@@ -263,7 +272,11 @@ def fill(rb, rows: int) -> None:
 @functools.cache
 def full_rows() -> Tensor:
     """The rows of a full million-row buffer of simple_tag_v3. Both scripts' rows are alike, and this one is shared."""
-    rb = maddpg_discrete.ReplayBuffer(BUFFER_ROWS, maddpg_discrete.Games(make(maddpg_discrete), 1), CPU)
+    return filled_rows(maddpg_discrete, make(maddpg_discrete))
+
+
+def filled_rows(script: ModuleType, make_game: Callable[[], pettingzoo.ParallelEnv]) -> Tensor:
+    rb = script.ReplayBuffer(BUFFER_ROWS, script.Games(make_game, 1), CPU)
     fill(rb, BUFFER_ROWS)
     return rb.rows
 
@@ -413,9 +426,8 @@ class Stopwatch:
             yield
 
 
-def timed_buffer(script: ModuleType, stopwatch: Stopwatch) -> type:
-    """The script's replay buffer, full from the start, that notes the time after every step stored."""
-    rows = full_rows()
+def timed_buffer(script: ModuleType, rows: Tensor, stopwatch: Stopwatch) -> type:
+    """The script's replay buffer, full of `rows` from the start, that notes the time after every step stored."""
 
     class TimedBuffer(script.ReplayBuffer):
         def __init__(self, size: int, *args):
@@ -435,23 +447,13 @@ def timed_buffer(script: ModuleType, stopwatch: Stopwatch) -> type:
     return TimedBuffer
 
 
-def train(setting: tuple[int, int, int, int], steps: int, split: bool = False) -> tuple[float, dict[str, float]]:
-    """Runs `main` of the discrete script: seconds per step on the clock and, with `split`, those of every part."""
-    script, stopwatch = maddpg_discrete, Stopwatch()
-    num_envs, num_workers, hidden_dim, train_frequency = setting
-    args = script.Args(
-        num_envs=num_envs,
-        num_workers=num_workers,
-        hidden_dim=hidden_dim,
-        train_frequency=train_frequency,
-        batch_size=BATCH,
-        total_timesteps=BURN_IN + steps,
-        learning_starts=0,
-        eval_episodes=1,
-        eval_frequency=10**9,
-        checkpoint_frequency=0,
-    )
-    buffer, nowhere = timed_buffer(script, stopwatch), io.StringIO()
+def train(
+    script: ModuleType, rows: Tensor, steps: int, split: bool = False, **flags: Any
+) -> tuple[float, dict[str, float]]:
+    """Runs `main` of a script: seconds per step on the clock and, with `split`, those of every part."""
+    not_measured = {"learning_starts": 0, "eval_episodes": 1, "eval_frequency": 10**9, "checkpoint_frequency": 0}
+    args, stopwatch = script.Args(total_timesteps=BURN_IN + steps, **not_measured, **flags), Stopwatch()
+    buffer, nowhere = timed_buffer(script, rows, stopwatch), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
@@ -470,16 +472,27 @@ def train(setting: tuple[int, int, int, int], steps: int, split: bool = False) -
 def training(args: Args) -> Iterator[Iterable[Row]]:
     """`main` in every setting, with the bare simulator before and after, and last its step's parts."""
     functions = {"bare": game_stepper(bare_game("discrete"))}
+    spread = {"bare": game_stepper(simple_spread_v3.parallel_env(continuous_actions=True))}
     beside(functions, args.seconds)
     full_rows()
+    rows = filled_rows(maddpg_continuous, functools.partial(maddpg_continuous.make_game, "simple_spread_v3", {}, True))
     while True:
-        yield one_by_one(args, functions)
+        yield itertools.chain(one_by_one(args, functions), default_run(args, spread, rows))
+
+
+def default_run(args: Args, functions: Functions, rows: Tensor) -> Iterator[Row]:
+    before = beside(functions, args.seconds, 1)["bare"]
+    seconds, _ = train(maddpg_continuous, rows, args.steps, env_id="simple_spread_v3")
+    bare = (before + beside(functions, args.seconds, 1)["bare"]) / 2
+    yield Row("bare simulator beside training", DEFAULT_RUN, 1 / bare, "steps/s")
+    yield Row("training", DEFAULT_RUN, 1 / seconds, "steps/s", "bare simulator beside training", bare / seconds)
 
 
 def one_by_one(args: Args, functions: Functions) -> Iterator[Row]:
     before = beside(functions, args.seconds, 1)["bare"]
     for setting, split in [(setting, False) for setting in RUNS] + [(RUNS[0], True)]:
-        seconds, parts = train(setting, args.steps, split)
+        flags = zip(("num_envs", "num_workers", "hidden_dim", "train_frequency"), setting, strict=True)
+        seconds, parts = train(maddpg_discrete, full_rows(), args.steps, split, **dict(flags))
         after = beside(functions, args.seconds, 1)["bare"]
         bare = (before + after) / 2
         before = after
@@ -690,7 +703,26 @@ def mark_table(results: Results) -> Iterator[str]:
         f"| memory, a million steps of simple_tag_v3 | no second copy | buffer {size:.2f} GiB; resident size "
         f"{before:.2f} GiB before, {after:.2f} GiB after | {'yes' if after - before < 1.05 * size else 'no'} |"
     )
-    yield "| time to a published score | | a matter of learning curves, not of this program | |"
+    ratio = results.median("training", DEFAULT_RUN, "ratio")
+    for score, mark in SCORES:
+        steps = steps_to(score)
+        mean = statistics.mean(steps) if steps else float("nan")
+        yield (
+            f"| to {score} in {DEFAULT_RUN} | the time of {mark / 1e6:.1f} million steps of the bare simulator | "
+            f"{mean / ratio / 1e6:.2f} million: {number(mean)} steps, mean of {len(steps)} seeds, at a ratio of "
+            f"{spread(results.get('training', DEFAULT_RUN, 'ratio'))} | {'yes' if mean / ratio <= mark else 'no'} |"
+        )
+
+
+def steps_to(score: float) -> list[float]:
+    """Each seed's steps to the first evaluation at or above `score`, infinity where it has none, by marks.csv."""
+    first = {}
+    for row in read(HERE / "results" / "marks.csv"):
+        run = row["script"], row["env_id"], row["label"], row["agent"]
+        if run == ("maddpg_continuous.py", "simple_spread_v3", "default-600k", "sum"):
+            reached = int(row["global_step"]) if float(row["episodic_return"]) / 3 >= score else float("inf")
+            first[row["seed"]] = min(reached, first.get(row["seed"], reached))
+    return list(first.values())
 
 
 def paragraph(results: Results) -> str:
