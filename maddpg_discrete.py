@@ -21,7 +21,7 @@ Observations and actions are padded to the widest agent; masks keep the padding 
     actions            [batch, n_agents, action_dim]  in (-1, 1) or one-hot; `Games` turns them into the agents' own
     rewards            [batch, n_agents]
     terminations       [batch, n_agents]              1 where the agent's own end cuts the bootstrap, never a time limit
-    alive, next_alive  [batch, n_agents]              1 where the agent acts; where the others still meet it afterwards
+    alive, next_alive  [batch, n_agents]              1 where the agent acts; where it is still there after the step
 
 The twins maddpg_continuous.py and maddpg_discrete.py differ in what their actions require and in nothing else;
 docs/continuous_to_discrete.diff shows it.
@@ -70,7 +70,7 @@ EVAL_SEEDS = 2**32  # added to the run's seed, so that evaluation plays none of 
 
 
 class UsageError(Exception):
-    """A mistake of the user's: one line that says what is wrong and what to do. The command exits with status 2."""
+    """Ends the command with status 2 and one line, its message, that says what is wrong and what to do."""
 
 
 # ---- Arguments -------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Args:
     """keyword arguments of the environment, as JSON: '{"max_cycles": 50}'"""
     total_timesteps: int = 100_000
     """environment steps, over all games; in one step every agent acts once. The default is a first look
-    of minutes (paper: 1.5 million)"""
+    of minutes (original code: 1.5 million)"""
     seed: int = 1
     """seed of networks, noise, batches and games"""
     exp_name: str = Path(__file__).stem
@@ -91,10 +91,10 @@ class Args:
     ddpg_agents: tuple[str, ...] = ()
     """agents whose critic sees only their own observation and action: a full name, or a prefix for all that begin so"""
     random_agents: tuple[str, ...] = ()
-    """agents that act uniformly at random and learn nothing, named likewise"""
+    """agents that act uniformly at random and learn nothing, named likewise: `agent` is the prey of simple_tag"""
 
     hidden_dim: int = 128
-    """units in each of two hidden layers (paper: 128, original code: 64)"""
+    """units in each of two hidden layers (original code: 64, for the paper's figures 128)"""
     actor_learning_rate: float = 1e-3
     """Adam step size of the actors (paper: 1e-2, with a round every 100 steps)"""
     critic_learning_rate: float = 1e-3
@@ -113,7 +113,7 @@ class Args:
     train_frequency: int = 25
     """environment steps per round of updates (original code: 100)"""
     gumbel_temperature: float = 1.0
-    """temperature of the Gumbel-softmax, whose samples explore and whose softmax carries the actors' gradient"""
+    """temperature of the softmax that carries the actors' gradient; one-hot samples do not depend on it"""
     logit_regularization: float = 1e-3
     """weight of the mean squared logit in the actors' loss; keeps policies from hardening for good"""
     relaxed: bool = False
@@ -122,7 +122,7 @@ class Args:
     """largest gradient norm of an agent's network, 0 for no clipping (original code: 0.5 for each variable)"""
 
     num_envs: int = 25
-    """games played side by side. With one for each step of train_frequency, playing hides behind learning"""
+    """games played side by side. One for each step of train_frequency hides, with workers, playing behind learning"""
     num_workers: int | None = None
     """processes that play them, 0 for none; results do not depend on it. Default: by cores, at least 4 games each"""
     torch_threads: int = 1
@@ -151,6 +151,7 @@ class Args:
     def __post_init__(self):
         for names, low, high in (
             ("total_timesteps hidden_dim train_frequency torch_threads eval_frequency eval_episodes", 1, math.inf),
+            ("buffer_size", 1, math.inf),
             ("actor_learning_rate critic_learning_rate max_grad_norm checkpoint_frequency", 0, math.inf),
             ("seed", 0, 2**32 - 1),
             ("gumbel_temperature", 0.01, math.inf),
@@ -223,12 +224,13 @@ def make_game(
             make = getattr(importlib.import_module(env_id.strip(".") or "?"), "parallel_env", None)
             if not make:
                 raise ImportError("the module has no parallel_env")
-        except ImportError as error:  # any other error in a user's module is his to see
+        except ImportError as error:  # any other error of a user's module is shown with its traceback
             names = [*scenarios, *pettingzoo.parallel_registry, *gym.registry]
             near = difflib.get_close_matches(re.split("[./]", env_id)[-1], names, cutoff=0)
             hint = f"the nearest names are {', '.join(near)}"
-            if isinstance(error, ModuleNotFoundError) and error.name not in env_id:
-                hint = f"try pip install {error.name}"
+            missing = error.name if isinstance(error, ModuleNotFoundError) and error.name else env_id
+            if not f"{env_id}.".startswith(f"{missing}."):
+                hint = f"try pip install {missing}"
             if env_id in pettingzoo.aec_registry:
                 hint = "its agents move in turn, it has no parallel interface"
             raise UsageError(f"--env-id {env_id} is no game ({error}); {hint}") from error
@@ -239,7 +241,7 @@ def make_game(
     except Exception as error:
         if not env_kwargs and not render_mode:
             raise
-        raise UsageError(f"--env-kwargs {json.dumps(defaults | env_kwargs)} do not suit {env_id}: {error}") from error
+        raise UsageError(f"{env_id} with --env-kwargs {json.dumps(defaults | env_kwargs)}: {error}") from error
     if env_id in scenarios:
         # The raw environment makes the transitions of `parallel_env` without wrappers around every agent's turn. `last`
         # is called each turn for an observation that nobody reads, so it makes none.
@@ -310,7 +312,7 @@ class Games(gym.Env):
         return data, {}
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
-        """One step of every game; `actions` as in `action_space`, those of agents that are gone do not matter."""
+        """One step of all games; `actions` [num_games, n_agents, action_dim], any for agents that are gone."""
         if not self.action_space.contains(actions):
             raise UsageError(f"actions are not in {self.action_space} but {actions.ravel()}: has training diverged?")
         data = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
@@ -331,7 +333,7 @@ class Games(gym.Env):
         self._write(observations, {*acting, *staying}, data["next_obs"][g])
         data["rewards"][g, acts] = [rewards[agent] for agent in acting]
         data["terminations"][g, acts] = [terminations[agent] for agent in acting]
-        # Not alive afterwards: who was terminated, or truncated while the others play on
+        # All that are left truncated at once is a time limit: they bootstrap as if still there. One alone is gone
         at_limit = [] if staying else [agent for agent in acting if not terminations[agent]]
         data["next_alive"][g] = [agent in staying or agent in at_limit for agent in self.agents]
         if staying:
@@ -405,7 +407,7 @@ class StackedLinear(nn.Module):
     """One linear layer per agent, y_i = x_i W_i + b_i, and a ReLU if asked for: [n_agents, batch, in] to [..., out].
 
     `inputs` [n_agents, in] tells an agent's true inputs from padding. Initialised as `nn.Linear`, uniform within
-    1 / sqrt(fan_in), by each agent's own fan-in; weights of padding are zero.
+    1 / sqrt(fan_in), by each agent's own fan-in; weights of padded inputs are zero.
     """
 
     def __init__(self, inputs: Tensor, out_dim: int):
@@ -576,7 +578,7 @@ def td_targets(networks: Networks, data: Transitions, args: Args) -> Tensor:
 
 
 def critic_loss(networks: Networks, data: Transitions, args: Args) -> tuple[Tensor, Tensor]:
-    """(Q_i(x, a_1, ..., a_N) - y_i)^2, and Q_i for the log: each agent's mean over the batch, two times [n_agents]."""
+    """(Q_i(x, a_1, ..., a_N) - y_i)^2, and Q_i for the log: means over the steps in which i acted, [n_agents] each."""
     q_values = networks.critic(data.obs, data.actions)
     td_errors = q_values - td_targets(networks, data, args)
     return mean_alive(td_errors**2, data.alive), mean_alive(q_values.detach(), data.alive)
@@ -590,6 +592,7 @@ def actor_loss(networks: Networks, data: Transitions, args: Args) -> Tensor:
     """
     logits = networks.actor(data.obs)
     policy_actions = gumbel_softmax(networks.actor, logits, args.gumbel_temperature)
+    # data.actions has no graph, and row i of `change` enters Q_i alone: see Critic.forward
     change = torch.cat([torch.zeros_like(data.obs), policy_actions - data.actions], 2)
     networks.critic.requires_grad_(False)
     q_values = networks.critic(data.obs, data.actions, change)
@@ -815,7 +818,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         size, row_bytes = min(args.buffer_size, args.total_timesteps), ReplayBuffer(1, eval_games, device).rows.nbytes
         memory = torch.cuda.mem_get_info()[0] if args.cuda else psutil.virtual_memory().available
         gib = size * row_bytes / 2**30
-        if size * row_bytes > memory:
+        if size * row_bytes > memory and not saved:  # a resumed one has been there, and what it saved is loaded
             raise UsageError(f"--buffer-size {size} takes {gib:.1f} GiB, {memory // row_bytes} would fit")
         rb = ReplayBuffer(size, eval_games, device)
 

@@ -11,6 +11,7 @@ from conftest import ROOT, is_discrete
 
 MODULES = {
     "needs_more": "import a_package_that_is_missing\nparallel_env = None",
+    "needs_more_of_it": "import needs_more_of\nparallel_env = None",
     "turn_based": "def env():\n    pass",
     "mine": "import games\nparallel_env = games.parallel_env",
     "blind": "def parallel_env():\n    pass",
@@ -31,6 +32,8 @@ BOTH = {
     "classic": (["--env-id", "classic/chess_v6"], ["classic/chess_v6"]),
     "in_turn": (["--env-id", "classic/chess-v6"], ["classic/chess-v6", "no parallel interface"]),
     "missing_package": (["--env-id", "needs_more"], ["pip install", "a_package_that_is_missing"]),
+    "missing_like_itself": (["--env-id", "needs_more_of_it"], ["pip install needs_more_of"]),
+    "no_buffer": (["--buffer-size", "0"], ["--buffer-size", "0"]),
     "large_buffer": (
         ["--buffer-size", "1000000000000", "--total-timesteps", "1000000000000"],
         ["--buffer-size", "would fit"],
