@@ -597,12 +597,12 @@ def update(networks: Networks, optimizers: tuple, data: Transitions, args: Args)
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def evaluate(
-    networks: Networks, games: Games, episodes: int, seed: int, random_agents: Tensor | None, film: list | None = None
+    networks: Networks, games: Games, episodes: int, seed: int, random_agents: Tensor | None
 ) -> tuple[np.ndarray, int]:
     """Undiscounted returns of greedy episodes, [episodes, n_agents], and the environment steps that they took.
 
     `games` are the evaluation's own and begin anew from `seed`. Each counts with equally many episodes, so that short
-    ones are not preferred. Training's random numbers are left as they were. `film` takes up pictures of the first game.
+    ones are not preferred. Training's random numbers are left as they were.
     """
     n_games, device = len(games.games), networks.learns.device
     returns, running, steps = [[] for _ in range(n_games)], np.zeros((n_games, len(games.agents))), 0
@@ -611,8 +611,6 @@ def evaluate(
         data, _ = games.reset(seed=seed)
         check_finite(data, games.agents, 0)
         while min(map(len, returns)) * n_games < episodes:
-            if film is not None:
-                film.append(draw(games, f"episode {len(returns[0]) + 1}", running[0]))
             actions = choose(networks.actor, torch.from_numpy(data["obs"]).to(device), 0.0, random_agents)
             data = games.step(actions.cpu().numpy())[0]
             check_finite(data, games.agents, steps)
@@ -630,20 +628,26 @@ def by_side(agents: Sequence[str], returns: Sequence[float]) -> dict[str, str]:
     return {side: f"{np.mean([r for s, r in zip(sides, returns, strict=True) if s == side]):.1f}" for side in sides}
 
 
-def draw(games: Games, title: str, returns: np.ndarray) -> Image.Image:
-    """A picture of the first game, made with render_mode rgb_array, labelled with its step and each side's return."""
-    picture = ImageOps.contain(Image.fromarray(games.games[0].render()), (350, 350))
-    picture = ImageOps.expand(picture, (0, 16, 0, 0), "white")
-    sides = " ".join(f"{side} {value}" for side, value in by_side(games.agents, returns).items())
-    ImageDraw.Draw(picture).text((4, 2), f"{title} step {len(games.histories[0]) - 1} {sides}", "black")
-    return picture.quantize(64)
-
-
 def save_film(networks: Networks, make: Callable[..., pettingzoo.ParallelEnv], path: Path, seed: int) -> None:
-    """Saves a GIF of five greedy episodes; no display is needed."""
+    """Saves a GIF of five greedy episodes, a picture after every step, labelled; no display is needed."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     games, film = Games(functools.partial(make, render_mode="rgb_array"), 1), []
-    evaluate(networks, games, 5, seed, networks.random_agents, film)
+    step, returns = games.games[0].step, {}
+
+    def filmed_step(actions: dict[str, Any]) -> tuple:
+        result, (episode, *played) = step(actions), games.histories[0]
+        for agent, reward in result[1].items():
+            returns[agent] = reward + (returns[agent] if played else 0)
+        picture = ImageOps.contain(Image.fromarray(games.games[0].render()), (350, 350))
+        picture = ImageOps.expand(picture, (0, 16, 0, 0), "white")
+        sides = " ".join(f"{side} {value}" for side, value in by_side(list(returns), list(returns.values())).items())
+        title = f"episode {episode + 1} step {len(played) + 1} {sides}"
+        ImageDraw.Draw(picture).text((4, 2), title, "black")
+        film.append(picture.quantize(64))
+        return result
+
+    games.games[0].step = filmed_step
+    evaluate(networks, games, 5, seed, networks.random_agents)
     every = 1 + len(film) // 200  # of long episodes not every step
     frame_ms = every * 1000 / games.metadata.get("render_fps", 10)
     film[0].save(path, save_all=True, append_images=film[every::every], duration=frame_ms, loop=0)

@@ -24,6 +24,7 @@ import torch
 from conftest import ROOT, SCENARIOS, is_discrete, make_args, make_games, stored
 from games import Game
 from gymnasium import spaces
+from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PLAY_ALL = """
@@ -381,3 +382,23 @@ def test_the_saved_model_is_the_trained_one(script):
     obs = torch.randn(50, 3, 18)
     assert torch.equal(script.choose(networks.actor, obs, 0.0, None), script.choose(other.actor, obs, 0.0, None))
     assert saved["args"]["env_id"] == "simple_spread_v3"
+
+
+def test_film_shows_every_step_to_the_last(script, tmp_path, monkeypatch):
+    """A picture after each step of five episodes, the last of each before the game begins anew, labelled as it is."""
+    labels, returns = [], []
+    evaluate = script.evaluate
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, label, *_: labels.append(label))
+    monkeypatch.setattr(script, "evaluate", lambda *args: returns.append(evaluate(*args)))
+    args = script.Args(env_id="simple_adversary_v3")
+    make = script.game_maker(args)
+    networks = script.Networks(script.Games(make, 1), args)
+    script.save_film(networks, make, tmp_path / "film.gif", 1)
+    ((episodes, _),) = returns
+    assert [label.split(" adversary")[0] for label in labels] == [
+        f"episode {episode} step {step}" for episode in range(1, 6) for step in range(1, 26)
+    ]
+    for (adversary, good, _), label in zip(episodes, labels[24::25], strict=True):
+        assert label.endswith(f"adversary {adversary:.1f} agent {good:.1f}")
+    film = Image.open(tmp_path / "film.gif")
+    assert film.n_frames > 60 and (tmp_path / "film.gif").stat().st_size < 1_000_000  # equal pictures become one
