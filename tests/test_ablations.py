@@ -33,7 +33,7 @@ PAIRS = [
 ]
 # What these change is what is played or stored. All others change what a round makes of a batch.
 OUTSIDE = {"no-exploration", "epsilon-greedy", "shared-noise", "policy-warmup", "batch-per-agent"}
-OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled"}
+OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled", "learning-rate-decay"}
 
 
 @pytest.fixture(autouse=True)
@@ -281,6 +281,26 @@ def test_policy_warmup(folder, monkeypatch):
                 played(module)
             training = [who for games, who in asked if games == 1]  # evaluation plays two games
             assert len(training) == 40 and sum(who is not None for who in training) == random_steps
+
+
+def test_learning_rate_decay(folder, monkeypatch):
+    """Both step sizes fall by the same share each step, from the flags' to the last round's near zero."""
+    for plain, script in both("learning-rate-decay", folder):
+        for module, last in (plain, 1.0), (script, 0.05):
+            rates = []
+            with monkeypatch.context() as patched:
+                patched.setattr(
+                    module, "update", lambda _, optimizers, *__, rates=rates: rates.append(rates_of(optimizers)) or {}
+                )
+                played(module, actor_learning_rate=0.5, critic_learning_rate=2.0, train_frequency=2, learning_starts=0)
+            actor, critic = np.array(rates).T
+            assert critic == pytest.approx(4 * actor)
+            assert actor[0] == pytest.approx(0.5 * (1 - 2 / 40 * (module is script)))
+            assert actor[-1] == pytest.approx(0.5 * last)
+
+
+def rates_of(optimizers):
+    return [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
 
 # ---- The update ------------------------------------------------------------------------------------------------------
