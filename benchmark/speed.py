@@ -86,6 +86,7 @@ SCORES = (
     (-10.2, 0.8e6),
     (-9.0, 1.3e6),
 )  # simple_spread_v3, continuous, one agent's return: the mark in the bare simulator's steps
+LEARNING_STEPS = 50_000, 100_000, 150_000, 200_000, 400_000, 600_000
 DEFAULT_RUN = "simple_spread_v3, continuous, default flags"
 
 Row = namedtuple("Row", "quantity setting value unit reference ratio", defaults=("", ""))
@@ -714,6 +715,25 @@ def mark_table(results: Results) -> Iterator[str]:
         )
 
 
+def learning_table() -> Iterator[str]:
+    """One agent's greedy return in simple_spread_v3 by steps: one environment (trials.csv) beside 25 (marks.csv)."""
+    yield "| simple_spread_v3 | " + " | ".join(f"{step:,}" for step in LEARNING_STEPS) + " |"
+    yield "|---|" + "---|" * len(LEARNING_STEPS)
+    for kind in SCRIPTS:
+        for table, label, what in (
+            ("trials", "num-envs-1", "num_envs 1, one seed"),
+            ("marks", "default-600k", "num_envs 25, five seeds"),
+        ):
+            rows = read(HERE / "results" / f"{table}.csv")
+            key = f"maddpg_{kind}.py", "simple_spread_v3", label, "sum", "100"
+            cells = []
+            for step in LEARNING_STEPS:
+                fields = "script", "env_id", "label", "agent", "episodes"
+                found = [r for r in rows if tuple(r[f] for f in fields) == key and int(r["global_step"]) == step]
+                cells.append(spread([float(row["episodic_return"]) / 3 for row in found]))
+            yield f"| {kind}, {what} | " + " | ".join(cells) + " |"
+
+
 def steps_to(score: float) -> list[float]:
     """Each seed's steps to the first evaluation at or above `score`, infinity where it has none, by marks.csv."""
     first = {}
@@ -799,6 +819,11 @@ def report(folder: Path) -> None:
     lines += ["agents learning, batch 1,024, a full buffer of a million rows, one thread of PyTorch.", ""]
     lines += [*machines(results), "", "## Marks", "", *mark_table(results), ""]
     lines += ["## What the time is spent on", "", paragraph(results), "", "![](speed.png)", ""] if split else []
+    lines += ["## Learning, with one environment and with many", ""]
+    lines += [
+        "A round sees the same number of steps, collected in another order. Greedy return of one agent, 100 episodes,"
+    ]
+    lines += ["each seed with start states of its own:", "", *learning_table(), ""]
     lines += ["## Everything measured", "", *all_table(results), ""]
     (folder / "speed.md").write_text("\n".join(lines))
     if split:
