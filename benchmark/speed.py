@@ -705,6 +705,9 @@ def mark_table(results: Results) -> Iterator[str]:
         f"{before:.2f} GiB before, {after:.2f} GiB after | {'yes' if after - before < 1.05 * size else 'no'} |"
     )
     ratio = results.median("training", DEFAULT_RUN, "ratio")
+    if DEFAULT_RUN not in results.of("training"):
+        yield f"| time to a published score, {DEFAULT_RUN} | | not measured | |"
+        return
     for score, mark in SCORES:
         steps = steps_to(score)
         mean = statistics.mean(steps) if steps else float("nan")
