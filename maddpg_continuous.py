@@ -782,7 +782,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         size, row_bytes = min(args.buffer_size, args.total_timesteps), ReplayBuffer(1, eval_games, device).rows.nbytes
         memory = torch.cuda.mem_get_info()[0] if args.cuda else psutil.virtual_memory().available
         gib = size * row_bytes / 2**30
-        if size * row_bytes > memory and not saved:  # a resumed one has been there, and what it saved is loaded
+        if size * row_bytes > memory and not saved:  # a resumed run holds its rows in memory already
             raise UsageError(f"--buffer-size {size} takes {gib:.1f} GiB, {memory // row_bytes} would fit")
         rb = ReplayBuffer(size, eval_games, device)
 
