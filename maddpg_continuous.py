@@ -281,10 +281,8 @@ class Games(gym.Env):
                 raise UsageError(f"{agent}'s observation {space} is no array of up to 10,000 numbers: wrap it")
         self.obs_mask = pad_mask([spaces.flatdim(space) for space in self.obs_spaces])
         for agent, space in zip(self.agents, self.action_spaces, strict=True):
-            if not isinstance(space, spaces.Box):
-                raise UsageError(f"{agent}'s actions are {space}, not a Box; Discrete ones are for maddpg_discrete.py")
-            if not (space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
-                raise UsageError(f"{agent}'s actions {space} have infinite bounds or are whole numbers: wrap them")
+            if not (isinstance(space, spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
+                raise UsageError(f"{agent}'s {space} is no bounded Box of floats: wrap it, or take maddpg_discrete.py")
         self.action_mask = pad_mask([spaces.flatdim(space) for space in self.action_spaces])
         self.low, self.high = np.zeros((2, *self.action_mask.shape))
         self.low[self.action_mask] = np.concatenate([space.low.ravel() for space in self.action_spaces])
@@ -426,9 +424,10 @@ class Critic(nn.Module):
     """Q_i(x, a_1, ..., a_N) of every agent: [batch, n_agents].
 
     All critics read the same joint input: everyone's observations, then everyone's actions, without padding. `change`
-    [batch, n_agents, obs_dim + action_dim] is added, for critic i alone, to agent i's entries in it: in the actors'
-    loss the difference between its policy's action and the stored one. The first layer being linear, that takes one
-    small product, not a joint input for each critic. Critics that are not `central` see their own agent alone (DDPG).
+    [batch, n_agents, obs_dim + action_dim], or of actions alone, is added, for critic i alone, to agent i's entries in
+    it: in the actors' loss the difference between its policy's action and the stored one. The first layer being linear,
+    that takes one small product, not a joint input for each critic. Changes [n, batch, ...] give values for n batches.
+    Critics that are not `central` see their own agent alone (DDPG).
     """
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int, central: Tensor):
@@ -453,7 +452,10 @@ class Critic(nn.Module):
         weight = self.layer_1.weight * self.visible
         x = torch.baddbmm(self.layer_1.bias.mT, weight.mT, joint.T.expand(len(weight), -1, -1))
         if change is not None:
-            x = torch.baddbmm(x, weight[self.agent, self.own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
+            change = change.flatten(0, -3)
+            own = self.own[:, -change.shape[2] :]
+            x = x.repeat(1, 1, len(change) // len(obs))
+            x = torch.baddbmm(x, weight[self.agent, own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
         return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
 
 
@@ -551,13 +553,12 @@ def critic_loss(networks: Networks, data: Transitions, args: Args) -> tuple[Tens
 def actor_loss(networks: Networks, data: Transitions, args: Args) -> Tensor:
     """-Q_i(x, a_1, ..., mu_i(o_i), ..., a_N), the others' actions from the buffer: each agent's mean, [n_agents].
 
-    `change` puts agent i's action alone into Q_i, so that no critic's gradient reaches another agent's actor; the
+    The change puts agent i's action alone into Q_i, so that no critic's gradient reaches another agent's actor; the
     critics are constants here.
     """
-    policy_actions = networks.actor(data.obs)
-    # data.actions has no graph, and row i of `change` enters Q_i alone: see Critic.forward
-    change = torch.cat([torch.zeros_like(data.obs), policy_actions - data.actions], 2)
+    change = networks.actor(data.obs) - data.actions
     networks.critic.requires_grad_(False)
+    # data.actions has no graph, and row i of the change enters Q_i alone: see Critic.forward
     q_values = networks.critic(data.obs, data.actions, change)
     networks.critic.requires_grad_(True)
     return mean_alive(-q_values, data.alive)

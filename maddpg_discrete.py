@@ -113,7 +113,7 @@ class Args:
     train_frequency: int = 25
     """environment steps per round of updates (original code: 100)"""
     gumbel_temperature: float = 1.0
-    """temperature of the softmax that carries the actors' gradient; one-hot samples do not depend on it"""
+    """temperature of the soft vectors in the actors' loss; one-hot samples do not depend on it"""
     logit_regularization: float = 1e-3
     """weight of the mean squared logit in the actors' loss; keeps policies from hardening for good"""
     relaxed: bool = False
@@ -345,23 +345,18 @@ class Games(gym.Env):
 
     def _move(self, i: int, move: np.ndarray) -> Any:
         space = self.action_spaces[i]
-        if isinstance(space, spaces.Discrete):
-            return int(space.start + move[0])
-        if isinstance(space, spaces.MultiDiscrete):
-            return (space.start + move[: space.nvec.size].reshape(space.shape)).astype(space.dtype)
-        return move[self.action_mask[i]].astype(space.dtype)
+        if self.relaxed:
+            return move[self.action_mask[i]].astype(space.dtype)
+        move = space.start + move[: math.prod(space.shape)].reshape(space.shape)
+        return move.astype(space.dtype) if space.shape else int(move)
 
     def _choices(self, i: int) -> list[int]:
         """How many options agent i's choices have; mpe2's continuous actions choose a force, a message, or both."""
         space, world = self.action_spaces[i], getattr(self.games[0].unwrapped, "world", None)
-        if isinstance(space, spaces.Discrete):
-            return [int(space.n)]
-        if isinstance(space, spaces.MultiDiscrete):
-            return space.nvec.ravel().tolist()
+        if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+            return np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec).tolist()
         if not hasattr(world, "dim_p") or not self.relaxed:
-            raise UsageError(
-                f"{self.agents[i]}'s actions are {space}, not Discrete; Box ones are for maddpg_continuous.py"
-            )
+            raise UsageError(f"{self.agents[i]}'s actions are {space}, not Discrete; Box is for maddpg_continuous.py")
         forces = 2 * world.dim_p + 1 if world.agents[i].movable else 0
         return [n for n in (forces, spaces.flatdim(space) - forces) if n]
 
@@ -437,6 +432,10 @@ class Actor(nn.Module):
         self.layer_3 = StackedLinear(hidden, action_mask.shape[1])
         self.register_buffer("action_mask", action_mask.float())
         self.register_buffer("padding_logits", torch.where(action_mask, 0.0, -1e9))
+        n = action_mask.shape[1] if relaxed else action_mask.shape[1] // n_choices
+        same_choice = torch.eye(action_mask.shape[1] // n).kron(torch.ones(n, n))[:, None, None]
+        self.register_buffer("one_hots", torch.eye(len(same_choice))[:, None, None])  # [action_dim, 1, 1, action_dim]
+        self.register_buffer("replaced", same_choice[:1] if relaxed else same_choice)  # by each of them
 
     def forward(self, obs: Tensor) -> Tensor:
         x = self.layer_2(self.layer_1(obs.transpose(0, 1), relu=True), relu=True)
@@ -447,9 +446,10 @@ class Critic(nn.Module):
     """Q_i(x, a_1, ..., a_N) of every agent: [batch, n_agents].
 
     All critics read the same joint input: everyone's observations, then everyone's actions, without padding. `change`
-    [batch, n_agents, obs_dim + action_dim] is added, for critic i alone, to agent i's entries in it: in the actors'
-    loss the difference between its policy's action and the stored one. The first layer being linear, that takes one
-    small product, not a joint input for each critic. Critics that are not `central` see their own agent alone (DDPG).
+    [batch, n_agents, obs_dim + action_dim], or of actions alone, is added, for critic i alone, to agent i's entries in
+    it: in the actors' loss the difference between its policy's action and the stored one. The first layer being linear,
+    that takes one small product, not a joint input for each critic. Changes [n, batch, ...] give values for n batches.
+    Critics that are not `central` see their own agent alone (DDPG).
     """
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int, central: Tensor):
@@ -474,7 +474,10 @@ class Critic(nn.Module):
         weight = self.layer_1.weight * self.visible
         x = torch.baddbmm(self.layer_1.bias.mT, weight.mT, joint.T.expand(len(weight), -1, -1))
         if change is not None:
-            x = torch.baddbmm(x, weight[self.agent, self.own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
+            change = change.flatten(0, -3)
+            own = self.own[:, -change.shape[2] :]
+            x = x.repeat(1, 1, len(change) // len(obs))
+            x = torch.baddbmm(x, weight[self.agent, own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
         return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
 
 
@@ -500,21 +503,21 @@ class Networks(nn.Module):
             raise UsageError(f"the saved networks are of another kind: {' '.join(str(error).split())[:300]}") from error
 
 
-def gumbel_softmax(actor: Actor, logits: Tensor, temperature: float) -> Tensor:
-    """One-hot samples of softmax(logits), with the gradient of softmax((logits + g) / temperature): straight-through.
+def gumbel_softmax(actor: Actor, logits: Tensor, temperature: float, soft: bool = False) -> Tensor:
+    """Samples of softmax(logits), one-hot; or, `soft`, softmax((logits + g) / temperature), which has a gradient.
 
     g = -log(-log(u)), u uniform in (0, 1), is Gumbel noise; the largest entry is the sample (Jang et al. 2017, Maddison
-    et al. 2017). Temperature 0 is greedy, without noise. `actor.relaxed` gives the softmax itself instead.
+    et al. 2017). Temperature 0 is greedy, without noise. `actor.relaxed` makes all soft.
     """
     if temperature > 0:
         uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)  # the log of 0 would be infinite
         logits = (logits - uniform.log_().neg_().log_()) / temperature
     choices = (logits + actor.padding_logits).contiguous().unflatten(2, (actor.n_choices, -1))
-    one_hot = torch.zeros_like(choices).scatter_(3, choices.argmax(3, keepdim=True), 1.0)
-    if actor.relaxed or torch.is_grad_enabled():
-        soft = choices.movedim(0, 3).softmax(2).movedim(3, 0)  # with the batch last, faster on CPUs
-        one_hot = soft if actor.relaxed else one_hot + (soft - soft.detach())
-    return one_hot.flatten(2) * actor.action_mask
+    if soft or actor.relaxed:
+        actions = choices.movedim(0, 3).softmax(2).movedim(3, 0)  # with the batch last, faster on CPUs
+    else:
+        actions = torch.zeros_like(choices).scatter_(3, choices.argmax(3, keepdim=True), 1.0)
+    return actions.flatten(2) * actor.action_mask
 
 
 def choose(actor: Actor, obs: Tensor, exploration: float, random_agents: Tensor | None) -> Tensor:
@@ -587,18 +590,21 @@ def critic_loss(networks: Networks, data: Transitions, args: Args) -> tuple[Tens
 def actor_loss(networks: Networks, data: Transitions, args: Args) -> Tensor:
     """-Q_i(x, a_1, ..., mu_i(o_i), ..., a_N), the others' actions from the buffer: each agent's mean, [n_agents].
 
-    `change` puts agent i's action alone into Q_i, so that no critic's gradient reaches another agent's actor; the
+    The change puts agent i's action alone into Q_i, so that no critic's gradient reaches another agent's actor; the
     critics are constants here.
     """
     logits = networks.actor(data.obs)
-    policy_actions = gumbel_softmax(networks.actor, logits, args.gumbel_temperature)
-    # data.actions has no graph, and row i of `change` enters Q_i alone: see Critic.forward
-    change = torch.cat([torch.zeros_like(data.obs), policy_actions - data.actions], 2)
+    soft = gumbel_softmax(networks.actor, logits, args.gumbel_temperature, soft=True)
+    # Critics learn about one-hot actions alone: Q_i is asked for each, and the soft vector weighs the answers
+    options, weights = (soft, 1.0) if networks.actor.relaxed else (networks.actor.one_hots, soft.movedim(2, 0))
+    change = options - data.actions * networks.actor.replaced
     networks.critic.requires_grad_(False)
+    # data.actions has no graph, and row i of the change enters Q_i alone: see Critic.forward
     q_values = networks.critic(data.obs, data.actions, change)
     networks.critic.requires_grad_(True)
-    regularizer = args.logit_regularization * (logits**2).sum(2) / networks.actor.action_mask.sum(1)
-    return mean_alive(regularizer - q_values, data.alive)
+    q_values = (q_values.unflatten(0, (len(change), -1)) * weights).sum(0)
+    q_values -= args.logit_regularization * (logits**2).sum(2) / networks.actor.action_mask.sum(1)
+    return mean_alive(-q_values, data.alive)
 
 
 def step_optimizer(optimizer: torch.optim.Optimizer, losses: Tensor, max_grad_norm: float) -> None:

@@ -83,29 +83,28 @@ class Reference:
         self.actor_optimizers = [adam(net.parameters(), args.actor_learning_rate) for net in self.actors]
         self.critic_optimizers = [adam(net.parameters(), args.critic_learning_rate) for net in self.critics]
 
-    def policy(self, actor, i, obs, uniform):
-        """Agent i's action, straight-through where discrete, and its logits."""
+    def policy(self, actor, i, obs, uniform, soft=False):
+        """Agent i's action, where discrete a one-hot sample or a soft one, and its logits."""
         output = actor(obs[:, i, self.obs[i]])
         if not self.discrete:
             return output.tanh(), output
         gumbel = -torch.log(-torch.log(uniform[:, i, self.entries[i]]))
-        return self.one_hot((output + gumbel) / self.args.gumbel_temperature, i), output
+        return self.sample((output + gumbel) / self.args.gumbel_temperature, i, soft), output
 
-    def one_hot(self, scores, i):
+    def sample(self, scores, i, soft=False):
         pieces = []
         for score in scores.split(choice_sizes(self.games, i), 1):
-            soft = score.softmax(1)
-            if self.games.relaxed:
-                pieces.append(soft)
-                continue
-            hard = torch.zeros_like(soft)
-            hard[torch.arange(len(soft)), soft.argmax(1)] = 1
-            pieces.append(hard - soft.detach() + soft)
+            piece = score.softmax(1)
+            if not soft and not self.games.relaxed:
+                largest = piece.argmax(1)
+                piece = torch.zeros_like(piece)
+                piece[torch.arange(len(piece)), largest] = 1
+            pieces.append(piece)
         return torch.cat(pieces, 1)
 
     def at_random_action(self, i, uniform):
         uniform = uniform[:, i, self.entries[i]]
-        return self.one_hot(-torch.log(-torch.log(uniform)), i) if self.discrete else 2 * uniform - 1
+        return self.sample(-torch.log(-torch.log(uniform)), i) if self.discrete else 2 * uniform - 1
 
     def q_value(self, critic, i, observations, actions):
         return critic(torch.cat([*observations, *actions], 1)[:, self.seen[i]])[:, 0]
@@ -137,7 +136,7 @@ class Reference:
             self.step(i, self.critics[i], self.critic_optimizers[i], loss)
         noise = drawn.pop(0) if self.discrete else None
         for i in self.agents:
-            own, logits = self.policy(self.actors[i], i, data.obs, noise)
+            own, logits = self.policy(self.actors[i], i, data.obs, noise, soft=True)
             joint = [own if j == i else actions[j] for j in self.agents]
             values = -self.q_value(self.critics[i], i, observations, joint)
             if self.discrete:
@@ -186,14 +185,19 @@ def numpy_network(net, x):
     return layers[-1].weight.detach().numpy() @ x + layers[-1].bias.detach().numpy()
 
 
-def numpy_policy(reference, actor, i, obs, uniform):
+def numpy_policy(reference, actor, i, obs, uniform, soft=False):
     """mu_i(o_i) of one sample, and its logits; `uniform` are that sample's and agent's numbers."""
     output = numpy_network(actor, obs[i, reference.obs[i]])
     if not reference.discrete:
         return np.tanh(output), output
     scores, action, start = output - np.log(-np.log(uniform[i, reference.entries[i]])), [], 0
     for size in choice_sizes(reference.games, i):
-        action += np.eye(size)[scores[start : start + size].argmax()].tolist()
+        score = scores[start : start + size]
+        if soft:
+            weights = np.exp((score - score.max()) / reference.args.gumbel_temperature)
+            action += (weights / weights.sum()).tolist()
+        else:
+            action += np.eye(size)[score.argmax()].tolist()
         start += size
     return np.array(action), output
 
@@ -230,7 +234,7 @@ def paper_losses(reference, data, targets, uniform):
             actions = [stored_actions[j, reference.entries[j]] for j in range(n)]
             q = numpy_q(reference, reference.critics[i], i, observations, actions)
             critic_losses[i].append((q - targets[b, i]) ** 2)
-            actions[i], logits = numpy_policy(reference, reference.actors[i], i, obs, uniform[b])
+            actions[i], logits = numpy_policy(reference, reference.actors[i], i, obs, uniform[b], soft=True)
             loss = -numpy_q(reference, reference.critics[i], i, observations, actions)
             if reference.discrete:
                 loss += reference.args.logit_regularization * np.mean(logits**2)

@@ -200,22 +200,48 @@ def test_target_soft(folder):
         assert is_one_hot(games, script.choose(networks.actor, data.obs, 1.0, None)).all()
 
 
-def test_loss_soft(folder):
-    """The forward value is soft where there is a gradient, which stays what it was; one-hot elsewhere."""
-    ((plain, script),) = both("loss-soft", folder, "D")
-    args, games, networks, _ = build(script)
-    logits, weight = torch.randn(2, 50, *games.action_mask.shape, dtype=torch.float64)
-    results = []
+def test_straight_through(folder):
+    """The critic gets the one-hot sample with the soft one's gradient: its slope at a corner."""
+    ((plain, script),) = both("straight-through", folder, "D")
+    args, games, networks, data = build(script, logit_regularization=0.0)
+    asked = []
     for module in plain, script:
-        inputs = logits.clone().requires_grad_()
-        actions = seeded(module.gumbel_softmax, networks.actor, inputs, 1.0)
-        (actions * weight).sum().backward()
-        results.append((actions.detach(), inputs.grad))
-        with torch.no_grad():
-            assert is_one_hot(games, module.gumbel_softmax(networks.actor, logits, 1.0)).all()
-    torch.testing.assert_close(results[0][1], results[1][1])
-    near_one = [is_one_hot(games, actions.round(decimals=9)) for actions, _ in results]
-    assert near_one[0].all() and not near_one[1].any()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(
+                networks.critic, "forward", lambda obs, actions, change: asked.append(change) or change.sum(2)
+            )
+            loss = seeded(module.actor_loss, networks, data, args).sum()
+        networks.zero_grad()
+        loss.backward()
+        asked.append(grads(networks.actor))
+    soft, gradient, one_hot, same_gradient = asked
+    own = slice(games.obs_mask.shape[1], None)
+    soft, one_hot = (change.detach()[:, :, own] + data.actions for change in (soft, one_hot))
+    near_one = [is_one_hot(games, actions.round(decimals=9)) for actions in (soft, one_hot)]
+    assert not near_one[0].any() and near_one[1].all()
+    torch.testing.assert_close(same_gradient, gradient)  # of a critic that is linear
+
+
+def test_expected_value(folder):
+    """The gradient of sum_j p_j Q_i(..., j, ...), summed over agent i's choices; no other agent's critic is asked."""
+    ((_, script),) = both("expected-value", folder, "D")
+    args, games, networks, data = build(script, logit_regularization=0.0)
+    for i in range(3):
+        networks.zero_grad()
+        script.actor_loss(networks, data, args)[i].backward()
+        found = grads(networks.actor)
+        networks.zero_grad()
+        value = torch.zeros(len(data.obs))
+        for part in parts(games, i):
+            for p, entry in zip(networks.actor(data.obs)[:, i, part].softmax(1).T, part, strict=True):
+                actions = data.actions.clone()
+                actions[:, i, part] = 0
+                actions[:, i, entry] = 1
+                value = value + p * networks.critic(data.obs, actions)[:, i].detach()
+        (-script.mean_alive(value[:, None], data.alive[:, [i]])).sum().backward()
+        assert found[0].ne(0).any()
+        for grad, expected in zip(found, grads(networks.actor), strict=True):
+            torch.testing.assert_close(grad, expected)
 
 
 def test_all_soft(folder):
@@ -311,13 +337,16 @@ def test_others_policy(folder):
         args, _, networks, data = build(script, random_agents=("scout_1",), **changes)
         losses = seeded(script.actor_loss, networks, data, args)
         torch.manual_seed(1)
-        actions = networks.actor(data.obs)
+        own = others = networks.actor(data.obs).detach()
         if is_discrete(script):
-            actions = plain.gumbel_softmax(networks.actor, actions, 1.0)
-        actions = actions.detach() * data.alive[:, :, None]
-        actions[:, 1] = data.actions[:, 1]
-        expected = plain.mean_alive(-networks.critic(data.obs, actions), data.alive)
-        torch.testing.assert_close(losses[[0, 2]], expected[[0, 2]])
+            own = plain.gumbel_softmax(networks.actor, others, 1.0, soft=True)
+            others = plain.gumbel_softmax(networks.actor, others, 1.0)
+        for i in 0, 2:
+            actions = others * data.alive[:, :, None]
+            actions[:, 1] = data.actions[:, 1]
+            actions[:, i] = own[:, i]
+            q_values = networks.critic(data.obs, actions)
+            torch.testing.assert_close(losses[i], plain.mean_alive(-q_values, data.alive)[i])
         for i in range(3):
             networks.zero_grad()
             script.actor_loss(networks, data, args)[i].backward()
@@ -326,11 +355,18 @@ def test_others_policy(folder):
 
 
 def test_gradient_leak(folder):
-    """The losses of others-policy, and every critic's gradient reaches all actors that learn."""
-    for _, script in both("gradient-leak", folder):
-        args, games, networks, data = build(script, random_agents=("scout_1",))
-        other = load("others-policy", script.__name__ + ".py", folder)
-        losses, expected = (seeded(module.actor_loss, networks, data, args) for module in (script, other))
+    """Q_i where all that learn and are there act by their policies, whose gradient reaches all actors that learn."""
+    for plain, script in both("gradient-leak", folder):
+        changes = {"logit_regularization": 0.0} if is_discrete(script) else {}
+        args, games, networks, data = build(script, random_agents=("scout_1",), **changes)
+        losses = seeded(script.actor_loss, networks, data, args)
+        torch.manual_seed(1)
+        actions = networks.actor(data.obs).detach()
+        if is_discrete(script):
+            actions = plain.gumbel_softmax(networks.actor, actions, 1.0, soft=True)
+        actions = actions * data.alive[:, :, None]
+        actions[:, 1] = data.actions[:, 1]
+        expected = plain.mean_alive(-networks.critic(data.obs, actions), data.alive)
         torch.testing.assert_close(losses[[0, 2]], expected[[0, 2]])
         for i in 0, 2:
             networks.zero_grad()

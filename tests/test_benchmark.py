@@ -17,6 +17,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 for package in ("ray", "scipy", "matplotlib"):
@@ -266,3 +267,88 @@ def test_a_killed_worker_and_a_killed_sweep_lose_nothing(tmp_path, name):
     assert seconds == sorted(seconds)
     before = (wild / "small.csv").read_text()
     assert command(wild, tmp_path / "small.txt", **quiet).wait(120) == 0 and (wild / "small.csv").read_text() == before
+
+
+# ---- estimator.py ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder of the game in which one agent chooses among 3 messages, the other among 5 moves."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = f"{SMALL} --env-id simple_speaker_listener_v4 --total-timesteps 1000 --eval-episodes 1 --num-workers 0"
+    subprocess.run([sys.executable, ROOT / "maddpg_discrete.py", *flags.split()], cwd=folder, check=True)
+    return next(folder.glob("runs/*"))
+
+
+@pytest.fixture
+def estimator(monkeypatch, discrete):
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import estimator
+
+    return estimator
+
+
+def loaded(discrete, run):
+    saved = discrete.load(str(run), "model.pt")
+    args = discrete.Args(**saved["args"])
+    games = discrete.Games(discrete.game_maker(args), 4)
+    networks = discrete.Networks(games, args).requires_grad_(False)
+    networks.load_state_dict(saved["networks"])
+    for parameter in networks.parameters():
+        parameter.mul_(3)  # so that Q bends between the corners
+    return games, networks
+
+
+def test_exact_gradient(estimator, discrete, trained):
+    """The gradient of sum_j p_j Q_i(..., j, ...), Q asked once for each action of each agent alone."""
+    games, networks = loaded(discrete, trained)
+    obs, actions = estimator.played(networks, games, 40)
+    exact = estimator.exact_gradient(networks, obs, actions)
+    for i, n in enumerate([3, 5]):
+        logits = networks.actor(obs)[:, i, :n].requires_grad_()
+        value = 0
+        for j in range(n):
+            chosen = actions.clone()
+            chosen[:, i] = 0
+            chosen[:, i, j] = 1
+            value = value + logits.softmax(1)[:, j] * networks.critic(obs, chosen)[:, i]
+        torch.testing.assert_close(exact[:, i, :n], torch.autograd.grad(value.sum(), logits)[0])
+    assert exact[:, 0, 3:].eq(0).all()
+
+
+def test_estimators(estimator, discrete, trained):
+    """Soft samples come near the exact gradient as the temperature falls; straight-through is the slope at a corner."""
+    games, networks = loaded(discrete, trained)
+    obs, actions = (tensor[:3] for tensor in estimator.played(networks, games, 40))
+    exact = estimator.exact_gradient(networks, obs, actions)
+    many = obs.repeat(20_000, 1, 1), actions.repeat(20_000, 1, 1)
+    errors = []
+    for temperature in 1.0, 0.05:
+        gradient = estimator.sampled_gradient(networks, *many, True, temperature).unflatten(0, (-1, 3)).mean(0)
+        errors.append(((gradient - exact).norm() / exact.norm()).item())
+    assert errors[1] < 0.2 < errors[0]
+
+    # For a critic that is linear between the corners, slope and difference are the same
+    class Linear(torch.nn.Module):
+        def forward(self, obs, actions, change=None):
+            both = actions if change is None else actions + change[:, :, obs.shape[2] :]
+            return (both * torch.arange(both.shape[2])).sum(2)
+
+    networks.critic = Linear()
+    exact = estimator.exact_gradient(networks, obs, actions)
+    for soft in False, True:
+        gradient = estimator.sampled_gradient(networks, *many, soft, 0.05).unflatten(0, (-1, 3)).mean(0)
+        assert ((gradient - exact).norm() / exact.norm()).item() < 0.1
+
+
+def test_estimator_runs(trained, tmp_path):
+    command = [sys.executable, BENCHMARK / "estimator.py", trained, "--output", tmp_path / "figures.csv"]
+    quick = subprocess.run([*command, "--quick"], capture_output=True, text=True, check=True)
+    assert len(quick.stdout.splitlines()) == 8 and not (tmp_path / "figures.csv").exists()
+    subprocess.run([*command, "--states", "50", "--samples", "100"], capture_output=True, text=True, check=True)
+    lines = rows(tmp_path / "figures.csv")
+    assert {(line["agent"], line["estimator"], line["temperature"]) for line in lines} == {
+        (agent, kind, temperature)
+        for agent in ("speaker_0", "listener_0")
+        for kind in ("straight-through", "soft")
+        for temperature in ("1.0", "0.5")
+    }

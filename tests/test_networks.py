@@ -274,8 +274,9 @@ def test_gumbel_noise_is_safe(discrete, monkeypatch, extreme, scale):
     games, actor = gumbel_actor(discrete)
     logits = (torch.randn(200, *games.action_mask.shape) * scale).requires_grad_()
     for temperature in 0.01, 1.0:
-        actions = discrete.gumbel_softmax(actor, logits, temperature)
-        assert_valid(discrete, games, actions)
+        assert_valid(discrete, games, discrete.gumbel_softmax(actor, logits, temperature))
+        actions = discrete.gumbel_softmax(actor, logits, temperature, soft=True)
+        assert torch.isfinite(actions).all()
         (grad,) = torch.autograd.grad((actions * torch.randn_like(actions)).sum(), logits)
         assert torch.isfinite(grad).all()
 
@@ -299,22 +300,26 @@ def test_gumbel_samples_are_the_softmax_s(discrete):
                 )
 
 
-def test_straight_through_gradient(discrete, uniform):
-    """Forward one-hot, backward softmax((logits + g) / temperature) of each choice, padding aside."""
+def test_soft_samples(discrete, uniform):
+    """softmax((logits + g) / temperature) of each choice, padding aside, with its gradient; one-hot at its largest."""
     games, actor = gumbel_actor(discrete)
     logits = torch.randn(30, *games.action_mask.shape, requires_grad=True)
     factors = torch.randn(logits.shape)
-    actions = discrete.gumbel_softmax(actor, logits, 0.7)
+    actions = discrete.gumbel_softmax(actor, logits, 0.7, soft=True)
     (grad,) = torch.autograd.grad((actions * factors).sum(), logits)
-    noise = -torch.log(-torch.log(uniform.drawn[0]))
+    one_hot = discrete.gumbel_softmax(actor, logits, 0.7)
+    assert_valid(discrete, games, one_hot)
+    noise, other_noise = (-torch.log(-torch.log(drawn)) for drawn in uniform.drawn)
     for i in range(3):
         expected = torch.zeros_like(grad[:, i])
         for part in parts(games, i):
             own = logits[:, i, part].detach().requires_grad_()
             soft = ((own + noise[:, i, part]) / 0.7).softmax(1)
+            torch.testing.assert_close(actions[:, i, part], soft)
             expected[:, part] = torch.autograd.grad((soft * factors[:, i, part]).sum(), own)[0]
-            assert torch.equal(actions[:, i, part].argmax(1), soft.argmax(1))
+            assert torch.equal(one_hot[:, i, part].argmax(1), (own + other_noise[:, i, part]).argmax(1))
         torch.testing.assert_close(grad[:, i], expected)
+        assert actions[:, i, ~games.action_mask[i]].eq(0).all()
 
 
 @pytest.mark.parametrize("env_id", ["simple_reference_v3", "simple_world_comm_v3", "simple_speaker_listener_v4"])
