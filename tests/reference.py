@@ -109,6 +109,22 @@ class Reference:
     def q_value(self, critic, i, observations, actions):
         return critic(torch.cat([*observations, *actions], 1)[:, self.seen[i]])[:, 0]
 
+    def value(self, i, own, observations, actions):
+        """Q_i at agent i's action `own`; discrete: at each one-hot action of each choice, weighed by `own`."""
+        if not self.discrete or self.games.relaxed:
+            joint = [own if j == i else actions[j] for j in self.agents]
+            return self.q_value(self.critics[i], i, observations, joint)
+        total, start = 0, 0
+        for size in choice_sizes(self.games, i):
+            for entry in range(start, start + size):
+                chosen = actions[i].clone()
+                chosen[:, start : start + size] = 0
+                chosen[:, entry] = 1
+                joint = [chosen if j == i else actions[j] for j in self.agents]
+                total = total + own[:, entry] * self.q_value(self.critics[i], i, observations, joint).detach()
+            start += size
+        return total
+
     def mean(self, values, alive):
         return values[alive == 1].sum() / max(int(alive.sum()), 1)
 
@@ -137,8 +153,7 @@ class Reference:
         noise = drawn.pop(0) if self.discrete else None
         for i in self.agents:
             own, logits = self.policy(self.actors[i], i, data.obs, noise, soft=True)
-            joint = [own if j == i else actions[j] for j in self.agents]
-            values = -self.q_value(self.critics[i], i, observations, joint)
+            values = -self.value(i, own, observations, actions)
             if self.discrete:
                 values = values + self.args.logit_regularization * (logits**2).mean(1)
             loss = self.mean(values, data.alive[:, i])
@@ -234,9 +249,18 @@ def paper_losses(reference, data, targets, uniform):
             actions = [stored_actions[j, reference.entries[j]] for j in range(n)]
             q = numpy_q(reference, reference.critics[i], i, observations, actions)
             critic_losses[i].append((q - targets[b, i]) ** 2)
-            actions[i], logits = numpy_policy(reference, reference.actors[i], i, obs, uniform[b], soft=True)
-            loss = -numpy_q(reference, reference.critics[i], i, observations, actions)
+            own, logits = numpy_policy(reference, reference.actors[i], i, obs, uniform[b], soft=True)
+            stored, loss, start = actions[i], 0, 0
+            for size in choice_sizes(reference.games, i) if reference.discrete else ():
+                for entry in range(start, start + size):
+                    actions[i] = np.where((np.arange(len(stored)) - start) // size == 0, 0, stored)
+                    actions[i][entry] = 1
+                    loss -= own[entry] * numpy_q(reference, reference.critics[i], i, observations, actions)
+                start += size
             if reference.discrete:
                 loss += reference.args.logit_regularization * np.mean(logits**2)
+            else:
+                actions[i] = own
+                loss = -numpy_q(reference, reference.critics[i], i, observations, actions)
             actor_losses[i].append(loss)
     return np.array([np.mean(x) for x in critic_losses]), np.array([np.mean(x) for x in actor_losses])

@@ -200,30 +200,35 @@ def test_target_soft(folder):
         assert is_one_hot(games, script.choose(networks.actor, data.obs, 1.0, None)).all()
 
 
-def test_straight_through(folder):
-    """The critic gets the one-hot sample with the soft one's gradient: its slope at a corner."""
-    ((plain, script),) = both("straight-through", folder, "D")
+@pytest.mark.parametrize("name", ["loss-soft", "straight-through"])
+def test_the_vector_in_the_critic(folder, name):
+    """The gradient of Q_i at the soft vector, or, as if it were there, that of Q_i at its one-hot sample."""
+    ((plain, script),) = both(name, folder, "D")
     args, games, networks, data = build(script, logit_regularization=0.0)
-    asked = []
-    for module in plain, script:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(
-                networks.critic, "forward", lambda obs, actions, change: asked.append(change) or change.sum(2)
-            )
-            loss = seeded(module.actor_loss, networks, data, args).sum()
-        networks.zero_grad()
-        loss.backward()
-        asked.append(grads(networks.actor))
-    soft, gradient, one_hot, same_gradient = asked
-    own = slice(games.obs_mask.shape[1], None)
-    soft, one_hot = (change.detach()[:, :, own] + data.actions for change in (soft, one_hot))
-    near_one = [is_one_hot(games, actions.round(decimals=9)) for actions in (soft, one_hot)]
-    assert not near_one[0].any() and near_one[1].all()
-    torch.testing.assert_close(same_gradient, gradient)  # of a critic that is linear
+    losses = seeded(script.actor_loss, networks, data, args)
+    losses.sum().backward()
+    found = grads(networks.actor)
+    networks.zero_grad()
+    logits = networks.actor(data.obs)
+    soft = seeded(plain.gumbel_softmax, networks.actor, logits, args.gumbel_temperature, True)
+    asked = soft.detach()
+    if name == "straight-through":
+        asked = seeded(plain.gumbel_softmax, networks.actor, logits.detach(), args.gumbel_temperature)
+    asked.requires_grad_()
+    values = []
+    for i in range(3):
+        actions = data.actions.clone()
+        actions[:, i] = asked[:, i]
+        values.append(plain.mean_alive(networks.critic(data.obs, actions), data.alive)[i])
+    torch.testing.assert_close(losses, -torch.stack(values))
+    (slope,) = torch.autograd.grad(-sum(values), asked)
+    soft.backward(slope)
+    for grad, expected in zip(found, grads(networks.actor), strict=True):
+        torch.testing.assert_close(grad, expected)
 
 
 def test_expected_value(folder):
-    """The gradient of sum_j p_j Q_i(..., j, ...), summed over agent i's choices; no other agent's critic is asked."""
+    """The gradient of sum_j p_j Q_i(..., j, ...), summed over agent i's choices; no noise."""
     ((_, script),) = both("expected-value", folder, "D")
     args, games, networks, data = build(script, logit_regularization=0.0)
     for i in range(3):
@@ -245,16 +250,22 @@ def test_expected_value(folder):
 
 
 def test_all_soft(folder):
+    """Exploring and target actions are soft, with the same largest entry; the actors' loss is that of loss-soft."""
     ((plain, script),) = both("all-soft", folder, "D")
     args, games, networks, data = build(script)
     with torch.no_grad():
         for exploration in 1.0, 0.0:
-            inputs = networks.actor, data.obs, exploration, None
-            hard, soft = (seeded(module.choose, *inputs) for module in (plain, script))
-            assert not is_one_hot(games, soft).any()
+            soft = seeded(script.choose, networks.actor, data.obs, exploration, None)
+            networks.actor.relaxed = False
+            hard = seeded(script.choose, networks.actor, data.obs, exploration, None)
+            networks.actor.relaxed = True
+            assert not is_one_hot(games, soft).any() and is_one_hot(games, hard).all()
             for i in range(3):
                 for part in parts(games, i):
                     assert torch.equal(soft[:, i, part].argmax(1), hard[:, i, part].argmax(1))
+    other = load("loss-soft", "maddpg_discrete.py", folder)
+    loss, expected = (seeded(module.actor_loss, networks, data, args) for module in (script, other))
+    torch.testing.assert_close(loss, expected)
 
 
 # ---- Exploring -------------------------------------------------------------------------------------------------------
@@ -334,19 +345,26 @@ def test_others_policy(folder):
     """Q_i where all that learn and are there act by their policies; agent i's loss reaches actor i alone."""
     for plain, script in both("others-policy", folder):
         changes = {"logit_regularization": 0.0} if is_discrete(script) else {}
-        args, _, networks, data = build(script, random_agents=("scout_1",), **changes)
+        args, games, networks, data = build(script, random_agents=("scout_1",), **changes)
         losses = seeded(script.actor_loss, networks, data, args)
         torch.manual_seed(1)
         own = others = networks.actor(data.obs).detach()
         if is_discrete(script):
             own = plain.gumbel_softmax(networks.actor, others, 1.0, soft=True)
             others = plain.gumbel_softmax(networks.actor, others, 1.0)
+        actions = others * data.alive[:, :, None]
+        actions[:, 1] = data.actions[:, 1]
         for i in 0, 2:
-            actions = others * data.alive[:, :, None]
-            actions[:, 1] = data.actions[:, 1]
-            actions[:, i] = own[:, i]
-            q_values = networks.critic(data.obs, actions)
-            torch.testing.assert_close(losses[i], plain.mean_alive(-q_values, data.alive)[i])
+            values = networks.critic(data.obs, actions)
+            if is_discrete(script):
+                values = 0
+                for part in parts(games, i):
+                    for entry in part:
+                        chosen = actions.clone()
+                        chosen[:, i, part] = 0
+                        chosen[:, i, entry] = 1
+                        values = values + own[:, i, [entry]] * networks.critic(data.obs, chosen)
+            torch.testing.assert_close(losses[i], plain.mean_alive(-values, data.alive)[i])
         for i in range(3):
             networks.zero_grad()
             script.actor_loss(networks, data, args)[i].backward()

@@ -69,9 +69,9 @@ CONTINUOUS = {
         ["--env-id", "mine", "--env-kwargs", '{"kind": "discrete_actions"}'],
         ["maddpg_discrete.py", "agent_0"],
     ),
-    "infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "infinite"}'], ["agent_0", "infinite"]),
-    "half_infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "half_infinite"}'], ["agent_0", "infinite"]),
-    "whole": (["--env-id", "mine", "--env-kwargs", '{"kind": "whole_numbers"}'], ["agent_0", "whole numbers"]),
+    "infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "infinite"}'], ["agent_0", "bounded"]),
+    "half_infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "half_infinite"}'], ["agent_0", "bounded"]),
+    "whole": (["--env-id", "mine", "--env-kwargs", '{"kind": "whole_numbers"}'], ["agent_0", "floats"]),
     "noise": (["--exploration-noise", "-0.1"], ["--exploration-noise"]),
 }
 DISCRETE = {
