@@ -1,4 +1,4 @@
-"""Three gradients of the discrete actors' loss beside the exact one, on trained networks.
+"""What the discrete actors learn from, beside the exact gradient: three estimators on trained networks.
 
     python benchmark/estimator.py RUN RUN ...          # run folders of maddpg_discrete.py; about half a minute each
     python benchmark/estimator.py RUN --quick          # a test of this program, nothing is written
@@ -7,10 +7,10 @@ With n actions, agent i's expected value in a state is sum_j p_j Q_i(..., j, ...
 others' actions as played. Its exact gradient with respect to the logits is p_j (Q_j - sum_k p_k Q_k). What the
 estimators give instead, over many samples of the noise, is
 
-- straight-through: the critic gets a one-hot sample, the gradient is the softmax's. So it is the critic's slope *at* a
-  corner of the simplex, which no data pins down, in place of the difference *between* corners
-- soft: the critic gets the Gumbel-softmax vector itself. On the way from corner to corner the slopes add up to the
-  difference
+- straight-through: the critic is asked for a one-hot sample, the gradient is passed on to the Gumbel-softmax vector. So
+  it is the critic's slope *at* an action, which no data pins down, in place of the difference *between* actions
+- vector: the critic is asked for the Gumbel-softmax vector, between the actions that it has learned about
+- weighted: the critic is asked for every action, and the vector weighs the answers. So does the script
 
 States are those of exploring play, without each episode's first ten steps. States that an agent's own observation does
 not tell apart are one to its actor (a speaker sees a goal, and not where the listener is), so their gradients are
@@ -36,6 +36,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import maddpg_discrete as maddpg
 
+KINDS = ["straight-through", "vector", "weighted"]
 REPEATS = 100  # noise samples at once
 COLUMNS = ["date", "torch", "run", "agent", "estimator", "temperature", "states", "samples", "size", "cosine", "noise"]
 
@@ -44,8 +45,8 @@ COLUMNS = ["date", "torch", "run", "agent", "estimator", "temperature", "states"
 class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """run folders, or their model.pt"""
-    temperatures: tuple[float, ...] = (1.0, 0.5)
-    """temperatures of the softmax, for both estimators"""
+    temperatures: tuple[float, ...] = (1.0, 0.25)
+    """temperatures of the softmax, for all three"""
     states: int = 300
     """states of exploring play"""
     samples: int = 3_000
@@ -70,27 +71,31 @@ def played(networks: maddpg.Networks, games: maddpg.Games, states: int) -> tuple
     return tuple(torch.cat(tensors)[:states] for tensors in zip(*steps, strict=True))
 
 
-def own_q_values(networks: maddpg.Networks, obs: Tensor, actions: Tensor, own: Tensor) -> Tensor:
-    """Q_i with agent i's action alone replaced by its row of `own`: [batch, n_agents]."""
-    return networks.critic(obs, actions, torch.cat([torch.zeros_like(obs), own - actions], 2))
+def q_of_actions(networks: maddpg.Networks, obs: Tensor, actions: Tensor) -> Tensor:
+    """Q_i at each of agent i's actions, the others' as played: [batch, n_agents, action_dim]."""
+    q_values = networks.critic(obs, actions, networks.actor.one_hots - actions)
+    return q_values.unflatten(0, (-1, len(obs))).movedim(0, 2)
 
 
 def exact_gradient(networks: maddpg.Networks, obs: Tensor, actions: Tensor) -> Tensor:
     """p_j (Q_j - sum_k p_k Q_k), [states, n_agents, action_dim]; zero where padded."""
     p = (networks.actor(obs) + networks.actor.padding_logits).softmax(2)
-    corners = torch.eye(p.shape[2]).expand(p.shape[1], -1, -1)
-    q = torch.stack([own_q_values(networks, obs, actions, c.expand_as(p)) for c in corners.unbind(1)], 2)
+    q = q_of_actions(networks, obs, actions)
     return p * (q - (p * q).sum(2, keepdim=True))
 
 
-def sampled_gradient(networks: maddpg.Networks, obs: Tensor, actions: Tensor, soft: bool, temperature: float) -> Tensor:
+def sampled_gradient(networks: maddpg.Networks, obs: Tensor, actions: Tensor, kind: str, temperature: float) -> Tensor:
     """The gradient of Q_i with respect to agent i's logits, with one sample of the noise for each row."""
     logits = networks.actor(obs).requires_grad_(True)
     gumbel = -torch.empty_like(logits).exponential_().log()
-    vector = ((logits + gumbel) / temperature + networks.actor.padding_logits).softmax(2)
-    one_hot = torch.zeros_like(vector).scatter_(2, vector.argmax(2, keepdim=True), 1.0)
-    own = (vector if soft else one_hot + vector - vector.detach()) * networks.actor.action_mask
-    return torch.autograd.grad(own_q_values(networks, obs, actions, own).sum(), logits)[0]
+    vector = ((logits + gumbel) / temperature + networks.actor.padding_logits).softmax(2) * networks.actor.action_mask
+    if kind == "weighted":
+        value = vector * q_of_actions(networks, obs, actions)
+    else:
+        one_hot = torch.zeros_like(vector).scatter_(2, vector.argmax(2, keepdim=True), 1.0)
+        own = vector if kind == "vector" else one_hot + vector - vector.detach()
+        value = networks.critic(obs, actions, own - actions)
+    return torch.autograd.grad(value.sum(), logits)[0]
 
 
 def measure(run: str, args: Args) -> list[list]:
@@ -104,12 +109,12 @@ def measure(run: str, args: Args) -> list[list]:
     exact, lines = exact_gradient(networks, obs, actions), []
     name = "{exp_name}/{env_id}/{seed}/{total_timesteps}".format(**saved["args"])
     about = [datetime.date.today(), importlib.metadata.version("torch"), name]
-    for soft in (False, True):
+    for kind in KINDS:
         for temperature in args.temperatures:
             total, square = torch.zeros_like(exact), torch.zeros_like(exact)
             for _ in range(args.samples // REPEATS):
                 batch = obs.repeat(REPEATS, 1, 1), actions.repeat(REPEATS, 1, 1)
-                gradient = sampled_gradient(networks, *batch, soft, temperature).unflatten(0, (REPEATS, -1))
+                gradient = sampled_gradient(networks, *batch, kind, temperature).unflatten(0, (REPEATS, -1))
                 total += gradient.sum(0)
                 square += gradient.square().sum(0)
             mean = total / args.samples
@@ -121,9 +126,9 @@ def measure(run: str, args: Args) -> list[list]:
                 )
                 cross, length = (g * e).sum().item(), e.norm().item()
                 figures = cross / length**2, cross / (g.norm().item() * length), single.sum().sqrt().item() / length
-                line = [agent, ("straight-through", "soft")[soft], temperature, len(obs), args.samples]
+                line = [agent, kind, temperature, len(obs), args.samples]
                 lines.append([*about, *line, *(f"{x:.3f}" for x in figures)])
-                print(f"{name} {agent:12} {line[1]:17} {temperature}  size %.2f  cosine %.2f  noise %.1f" % figures)
+                print(f"{name} {agent:12} {kind:17} {temperature}  size %.2f  cosine %.2f  noise %.1f" % figures)
     return lines
 
 

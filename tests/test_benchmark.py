@@ -316,39 +316,40 @@ def test_exact_gradient(estimator, discrete, trained):
 
 
 def test_estimators(estimator, discrete, trained):
-    """Soft samples come near the exact gradient as the temperature falls; straight-through is the slope at a corner."""
+    """Vector and weighted come near the exact gradient as the temperature falls; where Q is linear, all do."""
     games, networks = loaded(discrete, trained)
     obs, actions = (tensor[:3] for tensor in estimator.played(networks, games, 40))
     exact = estimator.exact_gradient(networks, obs, actions)
     many = obs.repeat(20_000, 1, 1), actions.repeat(20_000, 1, 1)
-    errors = []
-    for temperature in 1.0, 0.05:
-        gradient = estimator.sampled_gradient(networks, *many, True, temperature).unflatten(0, (-1, 3)).mean(0)
-        errors.append(((gradient - exact).norm() / exact.norm()).item())
-    assert errors[1] < 0.2 < errors[0]
+    for kind in "vector", "weighted":
+        errors = []
+        for temperature in 1.0, 0.05:
+            gradient = estimator.sampled_gradient(networks, *many, kind, temperature).unflatten(0, (-1, 3)).mean(0)
+            errors.append(((gradient - exact).norm() / exact.norm()).item())
+        assert errors[1] < 0.2 and errors[1] < errors[0]
 
     # For a critic that is linear between the corners, slope and difference are the same
     class Linear(torch.nn.Module):
         def forward(self, obs, actions, change=None):
-            both = actions if change is None else actions + change[:, :, obs.shape[2] :]
-            return (both * torch.arange(both.shape[2])).sum(2)
+            both = actions if change is None else actions + change
+            return (both * torch.arange(both.shape[-1])).sum(-1).flatten(0, -2)
 
     networks.critic = Linear()
     exact = estimator.exact_gradient(networks, obs, actions)
-    for soft in False, True:
-        gradient = estimator.sampled_gradient(networks, *many, soft, 0.05).unflatten(0, (-1, 3)).mean(0)
+    for kind in estimator.KINDS:
+        gradient = estimator.sampled_gradient(networks, *many, kind, 0.05).unflatten(0, (-1, 3)).mean(0)
         assert ((gradient - exact).norm() / exact.norm()).item() < 0.1
 
 
 def test_estimator_runs(trained, tmp_path):
     command = [sys.executable, BENCHMARK / "estimator.py", trained, "--output", tmp_path / "figures.csv"]
     quick = subprocess.run([*command, "--quick"], capture_output=True, text=True, check=True)
-    assert len(quick.stdout.splitlines()) == 8 and not (tmp_path / "figures.csv").exists()
+    assert len(quick.stdout.splitlines()) == 12 and not (tmp_path / "figures.csv").exists()
     subprocess.run([*command, "--states", "50", "--samples", "100"], capture_output=True, text=True, check=True)
     lines = rows(tmp_path / "figures.csv")
     assert {(line["agent"], line["estimator"], line["temperature"]) for line in lines} == {
         (agent, kind, temperature)
         for agent in ("speaker_0", "listener_0")
-        for kind in ("straight-through", "soft")
-        for temperature in ("1.0", "0.5")
+        for kind in ("straight-through", "vector", "weighted")
+        for temperature in ("1.0", "0.25")
     }
