@@ -432,10 +432,11 @@ class Actor(nn.Module):
         self.layer_3 = StackedLinear(hidden, action_mask.shape[1])
         self.register_buffer("action_mask", action_mask.float())
         self.register_buffer("padding_logits", torch.where(action_mask, 0.0, -1e9))
+        # For the actors' loss: each option as a one-hot vector, and the entries that it replaces, those of its choice
         n = action_mask.shape[1] if relaxed else action_mask.shape[1] // n_choices
         same_choice = torch.eye(action_mask.shape[1] // n).kron(torch.ones(n, n))[:, None, None]
-        self.register_buffer("one_hots", torch.eye(len(same_choice))[:, None, None])  # [action_dim, 1, 1, action_dim]
-        self.register_buffer("replaced", same_choice[:1] if relaxed else same_choice)  # by each of them
+        self.register_buffer("one_hots", torch.eye(len(same_choice))[:, None, None])
+        self.register_buffer("replaced", same_choice[:1] if relaxed else same_choice)  # [action_dim, 1, 1, action_dim]
 
     def forward(self, obs: Tensor) -> Tensor:
         x = self.layer_2(self.layer_1(obs.transpose(0, 1), relu=True), relu=True)
