@@ -282,7 +282,7 @@ class Games(gym.Env):
         self.obs_mask = pad_mask([spaces.flatdim(space) for space in self.obs_spaces])
         for agent, space in zip(self.agents, self.action_spaces, strict=True):
             if not (isinstance(space, spaces.Box) and space.is_bounded() and np.issubdtype(space.dtype, np.floating)):
-                raise UsageError(f"{agent}'s {space} is no bounded Box of floats: wrap it, or take maddpg_discrete.py")
+                raise UsageError(f"{agent}'s {space} is no bounded float Box: wrap it (Discrete: maddpg_discrete.py)")
         self.action_mask = pad_mask([spaces.flatdim(space) for space in self.action_spaces])
         self.low, self.high = np.zeros((2, *self.action_mask.shape))
         self.low[self.action_mask] = np.concatenate([space.low.ravel() for space in self.action_spaces])
@@ -425,9 +425,9 @@ class Critic(nn.Module):
 
     All critics read the same joint input: everyone's observations, then everyone's actions, without padding. `change`
     [batch, n_agents, obs_dim + action_dim], or of actions alone, is added, for critic i alone, to agent i's entries in
-    it: in the actors' loss the difference between its policy's action and the stored one. The first layer being linear,
-    that takes one small product, not a joint input for each critic. Changes [n, batch, ...] give values for n batches.
-    Critics that are not `central` see their own agent alone (DDPG).
+    it: in the actors' loss the difference between another action of its own and the stored one. The first layer being
+    linear, that takes one small product, not a joint input for each critic. Changes [n, batch, ...] give n * batch rows
+    of values. Critics that are not `central` see their own agent alone (DDPG).
     """
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int, central: Tensor):
@@ -454,7 +454,7 @@ class Critic(nn.Module):
         if change is not None:
             change = change.flatten(0, -3)
             own = self.own[:, -change.shape[2] :]
-            x = x.repeat(1, 1, len(change) // len(obs))
+            x = x.repeat(1, 1, len(change) // len(obs)) if len(change) > len(obs) else x
             x = torch.baddbmm(x, weight[self.agent, own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
         return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
 

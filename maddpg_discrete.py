@@ -113,7 +113,7 @@ class Args:
     train_frequency: int = 25
     """environment steps per round of updates (original code: 100)"""
     gumbel_temperature: float = 1.0
-    """temperature of the soft vectors in the actors' loss; one-hot samples do not depend on it"""
+    """temperature of the softmax in the actors' loss, with --relaxed everywhere; one-hot samples do not depend on it"""
     logit_regularization: float = 1e-3
     """weight of the mean squared logit in the actors' loss; keeps policies from hardening for good"""
     relaxed: bool = False
@@ -432,11 +432,10 @@ class Actor(nn.Module):
         self.layer_3 = StackedLinear(hidden, action_mask.shape[1])
         self.register_buffer("action_mask", action_mask.float())
         self.register_buffer("padding_logits", torch.where(action_mask, 0.0, -1e9))
-        # For the actors' loss: each option as a one-hot vector, and the entries that it replaces, those of its choice
-        n = action_mask.shape[1] if relaxed else action_mask.shape[1] // n_choices
-        same_choice = torch.eye(action_mask.shape[1] // n).kron(torch.ones(n, n))[:, None, None]
-        self.register_buffer("one_hots", torch.eye(len(same_choice))[:, None, None])
-        self.register_buffer("replaced", same_choice[:1] if relaxed else same_choice)  # [action_dim, 1, 1, action_dim]
+        # For the actors' loss: option j as a one-hot vector, and with 1 at every option of j's choice, which j replaces
+        n = action_mask.shape[1] // n_choices
+        self.register_buffer("one_hots", torch.eye(n * n_choices)[:, None, None], persistent=False)
+        self.register_buffer("replaced", torch.eye(n_choices).kron(torch.ones(n, n))[:, None, None], persistent=False)
 
     def forward(self, obs: Tensor) -> Tensor:
         x = self.layer_2(self.layer_1(obs.transpose(0, 1), relu=True), relu=True)
@@ -448,9 +447,9 @@ class Critic(nn.Module):
 
     All critics read the same joint input: everyone's observations, then everyone's actions, without padding. `change`
     [batch, n_agents, obs_dim + action_dim], or of actions alone, is added, for critic i alone, to agent i's entries in
-    it: in the actors' loss the difference between its policy's action and the stored one. The first layer being linear,
-    that takes one small product, not a joint input for each critic. Changes [n, batch, ...] give values for n batches.
-    Critics that are not `central` see their own agent alone (DDPG).
+    it: in the actors' loss the difference between another action of its own and the stored one. The first layer being
+    linear, that takes one small product, not a joint input for each critic. Changes [n, batch, ...] give n * batch rows
+    of values. Critics that are not `central` see their own agent alone (DDPG).
     """
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int, central: Tensor):
@@ -477,7 +476,7 @@ class Critic(nn.Module):
         if change is not None:
             change = change.flatten(0, -3)
             own = self.own[:, -change.shape[2] :]
-            x = x.repeat(1, 1, len(change) // len(obs))
+            x = x.repeat(1, 1, len(change) // len(obs)) if len(change) > len(obs) else x
             x = torch.baddbmm(x, weight[self.agent, own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
         return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
 
@@ -595,15 +594,16 @@ def actor_loss(networks: Networks, data: Transitions, args: Args) -> Tensor:
     critics are constants here.
     """
     logits = networks.actor(data.obs)
-    soft = gumbel_softmax(networks.actor, logits, args.gumbel_temperature, soft=True)
-    # Critics learn about one-hot actions alone: Q_i is asked for each, and the soft vector weighs the answers
-    options, weights = (soft, 1.0) if networks.actor.relaxed else (networks.actor.one_hots, soft.movedim(2, 0))
-    change = options - data.actions * networks.actor.replaced
+    y = gumbel_softmax(networks.actor, logits, args.gumbel_temperature, soft=True)
+    # -sum_j y_j Q_i(..., j, ...), with the gradient of y alone: Q_i has learned about one-hot actions, not between them
+    change, weights = networks.actor.one_hots - data.actions * networks.actor.replaced, y.movedim(2, 0)
+    if networks.actor.relaxed:  # here Q_i has learned about soft actions: it is asked for y itself
+        change, weights = (y - data.actions)[None], 1.0
     networks.critic.requires_grad_(False)
     # data.actions has no graph, and row i of the change enters Q_i alone: see Critic.forward
     q_values = networks.critic(data.obs, data.actions, change)
     networks.critic.requires_grad_(True)
-    q_values = (q_values.unflatten(0, (len(change), -1)) * weights).sum(0)
+    q_values = (q_values.unflatten(0, (len(change), -1)) * weights).sum(0)  # over j; several choices add up
     q_values -= args.logit_regularization * (logits**2).sum(2) / networks.actor.action_mask.sum(1)
     return mean_alive(-q_values, data.alive)
 

@@ -49,7 +49,7 @@ class Args:
     """temperatures of the softmax, for all three"""
     states: int = 300
     """states of exploring play"""
-    samples: int = 3_000
+    samples: int = 1_000
     """noise samples in each state, a multiple of 100"""
     output: Path = Path(__file__).resolve().parent / "results" / "estimator.csv"
     """file that the figures are appended to"""
@@ -119,6 +119,8 @@ def measure(run: str, args: Args) -> list[list]:
                 square += gradient.square().sum(0)
             mean = total / args.samples
             for i, agent in enumerate(games.agents):
+                if not networks.learns[i]:
+                    continue
                 _, group = torch.unique(obs[:, i], dim=0, return_inverse=True)
                 g, e, single = (
                     torch.zeros(len(obs), values.shape[2]).index_add_(0, group, values[:, i])
@@ -136,6 +138,8 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(1)
     np.random.seed(1)
+    if args.samples < REPEATS or args.samples % REPEATS:
+        sys.exit(f"estimator.py: --samples {args.samples} must be a multiple of {REPEATS}")
     if args.quick:
         args.states, args.samples = 50, REPEATS
     for run in args.runs:

@@ -233,7 +233,8 @@ def test_expected_value(folder):
     args, games, networks, data = build(script, logit_regularization=0.0)
     for i in range(3):
         networks.zero_grad()
-        script.actor_loss(networks, data, args)[i].backward()
+        loss = script.actor_loss(networks, data, args)[i]
+        loss.backward()
         found = grads(networks.actor)
         networks.zero_grad()
         value = torch.zeros(len(data.obs))
@@ -243,7 +244,9 @@ def test_expected_value(folder):
                 actions[:, i, part] = 0
                 actions[:, i, entry] = 1
                 value = value + p * networks.critic(data.obs, actions)[:, i].detach()
-        (-script.mean_alive(value[:, None], data.alive[:, [i]])).sum().backward()
+        expected_loss = -script.mean_alive(value[:, None], data.alive[:, [i]])[0]
+        torch.testing.assert_close(loss, expected_loss)
+        expected_loss.backward()
         assert found[0].ne(0).any()
         for grad, expected in zip(found, grads(networks.actor), strict=True):
             torch.testing.assert_close(grad, expected)
@@ -263,6 +266,8 @@ def test_all_soft(folder):
             for i in range(3):
                 for part in parts(games, i):
                     assert torch.equal(soft[:, i, part].argmax(1), hard[:, i, part].argmax(1))
+    data.next_alive[:] = 1
+    assert not is_one_hot(games, target_actions(script, networks, data, args)).any()
     other = load("loss-soft", "maddpg_discrete.py", folder)
     loss, expected = (seeded(module.actor_loss, networks, data, args) for module in (script, other))
     torch.testing.assert_close(loss, expected)

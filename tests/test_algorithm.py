@@ -108,9 +108,12 @@ def test_update_is_a_loop_over_agents(script, changes, uniform):
     assert max(reference.differences(networks).values()) < 1e-8
 
 
+@pytest.mark.parametrize("relaxed", [False, True])
 @pytest.mark.parametrize("env_id", ["simple_tag_v3", "simple_speaker_listener_v4", "simple_reference_v3"])
-def test_update_in_a_scenario(script, env_id, uniform):
-    args, games, networks, reference = build(script, env_id)
+def test_update_in_a_scenario(script, env_id, relaxed, uniform):
+    if relaxed and not is_discrete(script):
+        pytest.skip("relaxed is the discrete script's")
+    args, games, networks, reference = build(script, env_id, relaxed)
     data = random_batch(script, games, 50)
     script.update(networks, optimizers(networks, args), data, args)
     reference.update(data, uniform.drawn)

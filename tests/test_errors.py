@@ -71,7 +71,7 @@ CONTINUOUS = {
     ),
     "infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "infinite"}'], ["agent_0", "bounded"]),
     "half_infinite": (["--env-id", "mine", "--env-kwargs", '{"kind": "half_infinite"}'], ["agent_0", "bounded"]),
-    "whole": (["--env-id", "mine", "--env-kwargs", '{"kind": "whole_numbers"}'], ["agent_0", "floats"]),
+    "whole": (["--env-id", "mine", "--env-kwargs", '{"kind": "whole_numbers"}'], ["agent_0", "float"]),
     "noise": (["--exploration-noise", "-0.1"], ["--exploration-noise"]),
 }
 DISCRETE = {

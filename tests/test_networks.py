@@ -77,14 +77,22 @@ def test_networks_are_plain_networks_per_agent(script, env_id, batch):
 
 
 def test_change_replaces_the_own_action_alone(script):
-    """Q_i with `change` is Q_i of a joint input in which agent i's entries, and only they, are replaced."""
+    """Q_i with `change` is Q_i of a joint input in which agent i's entries, and only they, are replaced.
+
+    A change of actions alone leaves the observations, several changes give their batches one after the other.
+    """
     games, networks = build(script, "simple_world_comm_v3")
     (obs, actions), (other_obs, other_actions) = inputs(games, 40), inputs(games, 40)
     q_values = networks.critic(obs, actions, torch.cat([other_obs - obs, other_actions - actions], 2))
+    changes = torch.stack([other_actions - actions, torch.zeros_like(actions), actions])
+    for_changes = networks.critic(obs, actions, changes).unflatten(0, (3, 40))
     for i in range(len(games.agents)):
         mine_obs, mine_actions = obs.clone(), actions.clone()
         mine_obs[:, i], mine_actions[:, i] = other_obs[:, i], other_actions[:, i]
         torch.testing.assert_close(q_values[:, i], networks.critic(mine_obs, mine_actions)[:, i])
+        for found, own in zip(for_changes, (other_actions, actions, 2 * actions), strict=True):
+            mine_actions[:, i] = own[:, i]
+            torch.testing.assert_close(found[:, i], networks.critic(obs, mine_actions)[:, i])
 
 
 # ---- What depends on what --------------------------------------------------------------------------------------------
