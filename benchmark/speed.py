@@ -13,8 +13,9 @@ bare simulator        `mpe2.simple_tag_v3.parallel_env()`: its steps, with its r
 make_game, Games      the same for the scripts' own simulator, and for the joint environment of one game around it
 action choice         from a NumPy observation of one game to NumPy actions, exploration included, as training does it
 bare products         `torch.bmm` on contiguous random tensors, results written in place, for every product that a round
-                      needs: each in the faster of its two layouts, A B or (A B)^T = B^T A^T. In the actors' loss the
-                      critics' gradient reaches all columns of the joint input, or the acting agent's action's only
+                      needs: each in the faster of its two layouts, A B or (A B)^T = B^T A^T. In the continuous actors'
+                      loss the critics' gradient reaches all columns of the joint input, or the acting agent's
+                      action's only; the discrete one asks the critics for every option, without a gradient
 update                one round, `rb.sample` and `update`; of a million-row buffer that is full or holds 2,000 rows
 many agents           one round of 3, 12 and 48 agents of a made-up game, over its GFLOP (own action's columns)
 training              `main` itself, from the 800th step on, in steps per second. Its replay buffer is full from the
@@ -227,6 +228,10 @@ def round_products(games, hidden_dim: int, batch: int, own_columns: bool) -> lis
     critics = forward + forward + weights + inputs[1:]  # the targets', then forward and backward
     first = (n, batch, hidden_dim, action_dim) if own_columns else inputs[0]
     through_critics = [*forward, first, *inputs[1:]]
+    if hasattr(games, "n_choices"):  # discrete actors: forward alone, from the second layer on for each option
+        rows = action_dim * batch
+        later = [(n, rows, action_dim, hidden_dim), (n, rows, hidden_dim, hidden_dim), (n, rows, hidden_dim, 1)]
+        through_critics = [forward[0], *later]
     forward, weights, inputs = layers(obs_dim, hidden_dim, hidden_dim, action_dim)
     return critics + through_critics + forward + forward + weights + inputs[1:]
 
