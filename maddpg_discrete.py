@@ -106,8 +106,9 @@ class Args:
     """fraction of the way that the target networks move in each round (Polyak averaging)"""
     batch_size: int = 1024
     """steps in the batch of a round, drawn with replacement, the same for all agents"""
-    buffer_size: int = 1_000_000
-    """steps that the replay buffer holds, at most total_timesteps"""
+    buffer_size: int = 100_000
+    """steps that the replay buffer holds. Fewer forget sooner how others used to act, more hold more variety. Discrete
+    messages change their meaning at a stroke: that script has 100,000 (original code: 1 million)"""
     learning_starts: int = 10_000
     """environment steps of random play before the first round"""
     train_frequency: int = 25
@@ -345,10 +346,10 @@ class Games(gym.Env):
 
     def _move(self, i: int, move: np.ndarray) -> Any:
         space = self.action_spaces[i]
-        if self.relaxed:
-            return move[self.action_mask[i]].astype(space.dtype)
-        move = space.start + move[: math.prod(space.shape)].reshape(space.shape)
-        return move.astype(space.dtype) if space.shape else int(move)
+        if not self.relaxed:
+            move = space.start + move[: math.prod(space.shape)].reshape(space.shape)
+            return move.astype(space.dtype) if space.shape else int(move)
+        return move[self.action_mask[i]].astype(space.dtype).reshape(space.shape)
 
     def _choices(self, i: int) -> list[int]:
         """How many options agent i's choices have; mpe2's continuous actions choose a force, a message, or both."""
