@@ -93,8 +93,15 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
             )
             axes.fill_between(steps, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
             drawn |= {level: None for level in levels(script, env_id, label, side)}
-        for value, whose in drawn:
+        # Untrained play, and intervals of two seeds, may lie far outside what there is to see
+        seen = [v for by_step in labels.values() for step, values in by_step.items() for v in values if step > 0]
+        seen = [*(seen or [v for by_step in labels.values() for v in by_step[0]]), *(v for v, _ in drawn)]
+        margin = 0.05 * (max(seen) - min(seen)) + 1e-3
+        axes.set_ylim(min(seen) - margin, max(seen) + margin)
+        above = np.inf
+        for value, whose in sorted(drawn, reverse=True):
             axes.axhline(value, color="gray", linewidth=0.8, linestyle="--")
+            side_of_line = "top" if above - value < margin else "bottom"  # two close ones must not cover each other
             axes.text(
                 1,
                 value,
@@ -102,15 +109,12 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
                 fontsize=7,
                 color="dimgray",
                 ha="right",
-                va="bottom",
+                va=side_of_line,
                 transform=axes.get_yaxis_transform(),
             )
-        seen = [value for by_step in labels.values() for values in by_step.values() for value in values] + [
-            v for v, _ in drawn
-        ]
-        margin = 0.05 * (max(seen) - min(seen)) + 1e-3
-        axes.set_ylim(min(seen) - margin, max(seen) + margin)  # the interval of two seeds may be very wide
-        axes.set(title=f"{script}: {env_id}, {side}", xlabel="environment steps", ylabel="return of one agent")
+            above = value
+        axes.set_title(f"{env_id}, {side}\n{script}", fontsize=10)
+        axes.set(xlabel="environment steps", ylabel="return of one agent")
         axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.legend(fontsize=7, title="label (seeds)", title_fontsize=7)
     figure.savefig(path, dpi=120)
@@ -215,7 +219,7 @@ def ablations_picture(runs: dict, path: Path) -> None:
             seen = [value for returns in shown.values() for value in returns]
             if seen:
                 margin = 0.05 * np.ptp(seen) + 1e-3
-                axes.set_xlim(min(seen) - margin, max(seen) + margin)  # the interval of two seeds may be very wide
+                axes.set_xlim(min(seen) - margin, max(seen) + margin)
             axes.set_yticks(range(len(shown)), list(shown), fontsize=8)
             axes.invert_yaxis()
             axes.set(title=f"{Path(script).stem}: {env_id}", xlabel="final return of one agent")

@@ -133,10 +133,18 @@ LEVELS = [
     ("discrete", "simple_spread_v3", "", "agent", -8.4, "MAPPO, 10M", "EPyMARL, arXiv 2006.07869"),
     ("discrete", "simple_spread_v3", "relaxed", "agent", -35 / 3, "original, 625k", "google/maddpg-replication's logs"),
     ("discrete", "simple_spread_v3", "relaxed", "agent", -27 / 3, "original, 1.5M", "google/maddpg-replication's logs"),
-    ("continuous", "simple_speaker_listener_v4", "", "speaker", -6.9, "HARL MADDPG", "HARL's learning curves"),
-    ("continuous", "simple_speaker_listener_v4", "", "speaker", -6.3, "HARL MATD3, 5M", "HARL's learning curves"),
-    ("discrete", "simple_speaker_listener_v4", "", "speaker", -8.2, "EPyMARL MADDPG", "arXiv 2006.07869"),
-    ("discrete", "simple_speaker_listener_v4", "", "speaker", -8.4, "openai/maddpg, good runs", "maddpg-rllib's plots"),
+    ("continuous", "simple_speaker_listener_v4", "", "listener", -6.9, "HARL MADDPG", "HARL's learning curves"),
+    ("continuous", "simple_speaker_listener_v4", "", "listener", -6.3, "HARL MATD3, 5M", "HARL's learning curves"),
+    ("discrete", "simple_speaker_listener_v4", "", "listener", -8.2, "EPyMARL MADDPG", "arXiv 2006.07869"),
+    (
+        "discrete",
+        "simple_speaker_listener_v4",
+        "",
+        "listener",
+        -8.4,
+        "openai/maddpg, good runs",
+        "maddpg-rllib's plots",
+    ),
     ("continuous", "simple_reference_v3", "", "agent", -16.9 / 2, "HARL MADDPG, 5M", "HARL's curves, team -16.9"),
     ("continuous", "simple_reference_v3", "", "agent", -13.9 / 2, "HARL MATD3, 5M", "HARL's curves, team -13.9"),
     (
@@ -178,8 +186,8 @@ def side_of(agent: str) -> str:
 def sides(rows: list[dict]) -> dict[str, dict]:
     """Rows of one run by side, the agents whose names differ in their number only: to (step, episodes) to a point.
 
-    A point is the mean return of one agent of the side and the wall-clock time. A side whose returns equal those of a
-    side before it is left out, as in games where all get one reward.
+    A point is the mean return of one agent of the side and the wall-clock time. Sides come by name; one whose returns
+    equal those of a side before it is left out, as in games where all get one reward.
     """
     found = {}
     for row in rows:
@@ -187,10 +195,17 @@ def sides(rows: list[dict]) -> dict[str, dict]:
             at = int(row["global_step"]), int(row["episodes"])
             point = float(row["episodic_return"]), float(row["wall_clock_s"])
             found.setdefault(side_of(row["agent"]), {}).setdefault(at, []).append(point)
-    means = {
-        s: {at: tuple(map(statistics.fmean, zip(*p, strict=True))) for at, p in v.items()} for s, v in found.items()
-    }
-    return {side: v for n, (side, v) in enumerate(means.items()) if v not in list(means.values())[:n]}
+    means = {}
+    for side in sorted(found):
+        points = {at: tuple(map(statistics.fmean, zip(*p, strict=True))) for at, p in found[side].items()}
+        if not any(same_returns(points, before) for before in means.values()):
+            means[side] = points
+    return means
+
+
+def same_returns(points: dict, others: dict) -> bool:
+    """But for rounding: sums over agents come in another order."""
+    return points.keys() == others.keys() and all(abs(points[at][0] - others[at][0]) < 0.01 for at in points)
 
 
 def read_tables(paths: list[Path]) -> dict[tuple[str, str, str, str], dict[int, list[dict]]]:

@@ -373,3 +373,16 @@ def test_crossplay_joins_two_runs(monkeypatch, trained):
     networks, _ = crossplay.join(player, player)
     for name, value in player.networks.actor.state_dict().items():
         assert torch.equal(value, networks.actor.state_dict()[name])
+
+
+def test_sides_that_get_one_reward_are_one(monkeypatch):
+    """Though their sums differ by a rounding and their clocks by a moment; other returns stay apart."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import tables
+
+    def row(agent, value, seconds):
+        return dict(global_step="50", episodes="100", agent=agent, episodic_return=value, wall_clock_s=seconds)
+
+    assert list(tables.sides([row("speaker_0", "-7.0001", "3.1"), row("listener_0", "-7.0", "3.2")])) == ["listener"]
+    found = tables.sides([row("agent_0", "-4", "3"), row("adversary_0", "5", "3"), row("adversary_1", "7", "3")])
+    assert found == {"adversary": {(50, 100): (6, 3)}, "agent": {(50, 100): (-4, 3)}}
