@@ -64,7 +64,7 @@ def reached(runs: dict) -> list[list]:
         for seed, of_run in sorted(seeds.items()):
             for side, points in sides(of_run).items():
                 for value, whose in levels(script, env_id, label, side):
-                    above = [(at[0], time) for at, (mean, time) in sorted(points.items()) if mean >= value]
+                    above = [(at[0], f"{time:.1f}") for at, (mean, time) in sorted(points.items()) if mean >= value]
                     step, seconds = above[0] if above else ("", "")
                     rows.append([name, script, env_id, label, seed, side, whose, f"{value:.2f}", step, seconds])
     return rows
