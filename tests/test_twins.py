@@ -72,7 +72,7 @@ def test_their_flags_differ_by_the_kind_of_action_alone():
     assert fields[0].keys() - fields[1].keys() == {"exploration_noise"}
     assert fields[1].keys() - fields[0].keys() == {"gumbel_temperature", "logit_regularization", "relaxed"}
     shared = fields[0].keys() & fields[1].keys()
-    assert {name for name in shared if fields[0][name] != fields[1][name]} == {"exp_name"}
+    assert {name for name in shared if fields[0][name] != fields[1][name]} == {"buffer_size", "exp_name"}
     assert [values["exp_name"] for values in fields] == [file.stem for file in FILES]
 
 
