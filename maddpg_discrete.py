@@ -107,8 +107,8 @@ class Args:
     batch_size: int = 1024
     """steps in the batch of a round, drawn with replacement, the same for all agents"""
     buffer_size: int = 100_000
-    """steps that the replay buffer holds. Fewer forget sooner how others used to act, more hold more variety. Discrete
-    messages change their meaning at a stroke: that script has 100,000 (original code: 1 million)"""
+    """steps that the replay buffer holds: few forget sooner how others used to act, many hold more variety. Discrete:
+    100,000, since a one-hot message changes its meaning at a stroke (original code: 1 million)"""
     learning_starts: int = 10_000
     """environment steps of random play before the first round"""
     train_frequency: int = 25
