@@ -474,12 +474,12 @@ class Critic(nn.Module):
         joint = torch.cat([obs.flatten(1), actions.flatten(1)], 1).index_select(1, self.true)
         weight = self.layer_1.weight * self.visible
         x = torch.baddbmm(self.layer_1.bias.mT, weight.mT, joint.T.expand(len(weight), -1, -1))
+        xs = [x]
         if change is not None:
-            change = change.flatten(0, -3)
-            own = self.own[:, -change.shape[2] :]
-            x = x.repeat(1, 1, len(change) // len(obs)) if len(change) > len(obs) else x
-            x = torch.baddbmm(x, weight[self.agent, own].mT, change.permute(1, 2, 0))  # row i: agent i's own only
-        return self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T
+            own = weight[self.agent, self.own[:, -change.shape[-1] :]].mT  # row i: agent i's own only
+            # One change after the other, faster on CPUs than all at once
+            xs = [torch.baddbmm(x, own, each.permute(1, 2, 0)) for each in change.flatten(0, -3).split(len(obs))]
+        return torch.cat([self.layer_3(self.layer_2(x.relu_().mT, relu=True))[:, :, 0].T for x in xs])
 
 
 class Networks(nn.Module):
