@@ -1,7 +1,7 @@
 """How fast the scripts are beside the bare simulator and beside the bare matrix products of their own algorithm.
 
     pip install -r requirements.txt -r benchmark/requirements.txt
-    python benchmark/speed.py             # about 10 minutes on two quiet cores
+    python benchmark/speed.py             # about 15 minutes on two quiet cores
     python benchmark/speed.py --quick     # a test of this program, into a temporary folder
     python benchmark/speed.py --report    # speed.md and speed.png once more, from the rows in results/speed.csv
 
@@ -477,13 +477,13 @@ def train(
 
 def training(args: Args) -> Iterator[Iterable[Row]]:
     """`main` in every setting, with the bare simulator before and after, and last its step's parts."""
-    functions = {"bare": game_stepper(bare_game("discrete"))}
+    kinds = [(kind, {"bare": game_stepper(bare_game(kind))}, full_rows()) for kind in SCRIPTS]
     spread = {"bare": game_stepper(simple_spread_v3.parallel_env(continuous_actions=True))}
-    beside(functions, args.seconds)
-    full_rows()
     rows = filled_rows(maddpg_continuous, functools.partial(maddpg_continuous.make_game, "simple_spread_v3", {}, True))
+    for _, functions, _ in kinds:
+        beside(functions, args.seconds)
     while True:
-        yield itertools.chain(one_by_one(args, functions), default_run(args, spread, rows))
+        yield itertools.chain(*(one_by_one(args, *kind) for kind in kinds), default_run(args, spread, rows))
 
 
 def default_run(args: Args, functions: Functions, rows: Tensor) -> Iterator[Row]:
@@ -494,15 +494,15 @@ def default_run(args: Args, functions: Functions, rows: Tensor) -> Iterator[Row]
     yield Row("training", DEFAULT_RUN, 1 / seconds, "steps/s", "bare simulator beside training", bare / seconds)
 
 
-def one_by_one(args: Args, functions: Functions) -> Iterator[Row]:
+def one_by_one(args: Args, kind: str, functions: Functions, rows: Tensor) -> Iterator[Row]:
     before = beside(functions, args.seconds, 1)["bare"]
-    for setting, split in [(setting, False) for setting in RUNS] + [(RUNS[0], True)]:
+    for setting, split in [(setting, False) for setting in RUNS] + [(RUNS[0], True)] * (kind == "discrete"):
         flags = zip(("num_envs", "num_workers", "hidden_dim", "train_frequency"), setting, strict=True)
-        seconds, parts = train(maddpg_discrete, full_rows(), args.steps, split, **dict(flags))
+        seconds, parts = train(SCRIPTS[kind], rows, args.steps, split, **dict(flags))
         after = beside(functions, args.seconds, 1)["bare"]
         bare = (before + after) / 2
         before = after
-        name = run_name(setting)
+        name = run_name(kind, setting)
         if split:
             yield Row(
                 "one training step", "bare simulator beside it", 1e3 * bare, "ms", "the whole step", bare / seconds
@@ -514,9 +514,9 @@ def one_by_one(args: Args, functions: Functions) -> Iterator[Row]:
             yield Row("training", name, 1 / seconds, "steps/s", "bare simulator beside training", bare / seconds)
 
 
-def run_name(setting: tuple[int, int, int, int]) -> str:
-    num_envs, num_workers, hidden_dim, train_frequency = setting
-    return f"num_envs {num_envs}, num_workers {num_workers}, 2x{hidden_dim}, a round every {train_frequency} steps"
+def run_name(kind: str, setting: tuple[int, int, int, int]) -> str:
+    num_envs, num_workers, hidden_dim, every = setting
+    return f"{kind}, num_envs {num_envs}, num_workers {num_workers}, 2x{hidden_dim}, a round every {every} steps"
 
 
 # ---- Memory and other hardware ---------------------------------------------------------------------------------------
@@ -669,13 +669,20 @@ def spread(values: list[float]) -> str:
 
 def marks(results: Results) -> list[tuple[str, str, list[float], float, bool]]:
     """What, the mark in words, its repeats, the bound, and whether it is a lower one."""
-    runs = [run_name(run) for run in RUNS if run[2:] == (64, 100) and run_name(run) in results.of("training")]
-    best = max(runs, key=lambda name: results.median("training", name, "ratio"), default="")
     update = "update over bare products, all columns"
     own = "update over bare products, own columns"
     full, growth = f"update, {BUFFER_ROWS:,} rows", "time over work, growth"
-    table = [("one process, one environment", "ratio >= 0.75", "training", run_name(RUNS[0]), "ratio", 0.75, True)]
-    table.append((f"best setting: {best}", "ratio >= 1.4", "training", best, "ratio", 1.4, True))
+    table = []
+    for kind in SCRIPTS:
+        one, every_25 = run_name(kind, RUNS[0]), run_name(kind, RUNS[-2])
+        runs = [run_name(kind, run) for run in RUNS if run[2:] == (64, 100)]
+        best = max(runs, key=lambda name: results.median("training", name, "ratio"))
+        for what, name, bound in (
+            (f"one process, one environment, {kind}", one, 0.75),
+            (f"best setting: {best}", best, 1.4),
+            (f"a round every 25 steps, one environment, {kind}", every_25, 0.45),
+        ):
+            table.append((what, f"ratio >= {bound}", "training", name, "ratio", bound, True))
     for kind, hidden_dim in itertools.product(SCRIPTS, (64, 128)):
         name = f"{kind}, 2x{hidden_dim}"
         table.append((f"one round of updates, {name}", "<= 1.5 x its bare products", update, name, "ratio", 1.5, False))
@@ -690,10 +697,6 @@ def marks(results: Results) -> list[tuple[str, str, list[float], float, bool]]:
     for n in 3, 12:
         setting = f"48 agents over {n}"
         table.append((f"time over arithmetic, {setting}", "no growth, <= 1", growth, setting, "ratio", 1.0, False))
-    every_25 = run_name(RUNS[-2])
-    table.append(
-        ("a round every 25 steps, one environment", "ratio >= 0.45", "training", every_25, "ratio", 0.45, True)
-    )
     return [(what, mark, results.get(q, s, column), bound, low) for what, mark, q, s, column, bound, low in table]
 
 
