@@ -18,12 +18,12 @@ bare products         `torch.bmm` on contiguous random tensors, results written 
                       action's only; the discrete one asks the critics for every option, without a gradient
 update                one round, `rb.sample` and `update`; of a million-row buffer that is full or holds 2,000 rows
 many agents           one round of 3, 12 and 48 agents of a made-up game, over its GFLOP (own action's columns)
-training              `main` itself, from the 800th step on, in steps per second. Its replay buffer is full from the
-                      start (random numbers, a million rows) and takes the time stamps; logging is in, evaluation
+training              both scripts' `main` itself, from the 800th step on, in steps per second. Its buffer is full from
+                      the start (random numbers, a million rows) and takes the time stamps; logging is in, evaluation
                       and checkpoints are not. Its ratio is to the mean of the bare simulator just before and after
 time to a score       steps to the first evaluation at or above it, a mean over the seeds of results/marks.csv, over the
                       ratio of training with default flags: the steps of the bare simulator in the same time
-one training step     the same with num_envs 1, with a stopwatch on its parts
+one training step     the discrete script with num_envs 1, with a stopwatch on its parts
 memory                a million-row buffer, and this process's resident size before and after it is filled
 hardware              with --compile or --cuda: one round, eager and compiled, on the processor and the GPU
 """
@@ -770,8 +770,9 @@ def paragraph(results: Results) -> str:
     times = results.median("update over bare products, all columns", "discrete, 2x64", "ratio")
     work = results.median("work, all columns", "discrete, 2x64")
     return (
-        f"With one environment, 2x64 and a round every 100 steps, a training step takes {sum(part.values()):.3f} ms "
-        f"beside {bare:.3f} ms for a step of the bare simulator. Of it the simulator takes {share['simulator']}, which "
+        "With one environment, 2x64 and a round every 100 steps, a training step of the discrete script takes "
+        f"{sum(part.values()):.3f} ms beside {bare:.3f} ms for a step of the bare simulator. "
+        f"Of it the simulator takes {share['simulator']}, which "
         f"no learning code can save: what it gains on the bare one comes from leaving out the wrappers of every turn. "
         f"The joint arrays around it take {share['joint arrays']}, the action choice {share['action choice']}, "
         f"learning {share['learning']}, storing and logging {share['storing and logging']}. A round alone takes "
