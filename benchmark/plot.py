@@ -195,8 +195,8 @@ def ablations_block(runs: dict) -> str:
                 lines.append(cells)
             text += f"\n### {env_id}: return of one {side}\n\n"
             text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        for script, names in missing.get(env_id, {}).items():
-            text += f"\nNot run yet, or not to the end, {env_id}, {Path(script).stem}: {', '.join(names)}.\n"
+        if left := [f"{Path(script).stem} {len(names)}" for script, names in missing.get(env_id, {}).items()]:
+            text += f"\nVariants not run yet, or not to the end, in {env_id}: {', '.join(left)}.\n"
     return text
 
 

@@ -657,8 +657,8 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
     assert "| gamma-0.95 | -9.50 (1) | +1.00 |" in block
     assert "| default | 5.00 (1) |  |" in block and "### simple_tag_v3: return of one adversary" in block
     assert "### simple_spread_v3: return of one agent" in block
-    missing = re.findall(r"^Not run yet, or not to the end, (.+)$", block, re.M)
-    assert missing == ["simple_spread_v3, maddpg_discrete: ddpg.", "simple_tag_v3, maddpg_discrete: terminal."]
+    missing = re.findall(r"^Variants not run yet, or not to the end, in (.+)$", block, re.M)
+    assert missing == ["simple_spread_v3: maddpg_discrete 1.", "simple_tag_v3: maddpg_discrete 1."]
 
     page = tmp_path / "ablations.md"
     page.write_text("before\n<!-- begin: plot.py --ablations -->\nold\n<!-- end -->\nafter\n")
