@@ -14,8 +14,9 @@ A label that ends in `training` takes exploring returns of training, means of th
 
     maddpg_discrete.py --env-id simple_spread_v3 patch=benchmark/ablations/terminal.patch seeds=1-3 label=terminal
 
-`patch=` names a unified diff of the scripts, relative to the repository. Such a run trains, and is played by, copies of
-the scripts under its folder, with the diff applied; it needs git, and a label that does not begin with `default`.
+`patch=` names a unified diff of the scripts, relative to the repository, or several with commas between, applied in
+that order. Such a run trains, and is played by, copies of the scripts under its folder, with the diffs applied; it
+needs git, and a label that does not begin with `default`.
 
 Every run is a process of its own, with one thread, in a folder of its own under --folder, named after script, game,
 seed and a hash of flags and patch, so that lists share runs. A run whose process or Ray worker is lost is begun again
@@ -63,7 +64,7 @@ NOT_IN_LISTS = {"--seed", "--resume", "--evaluate", "--render", "--cuda", "--tra
 class Run:
     """One script with flags and a seed. `targets` are the tables that want its rows, each with its label.
 
-    `patch` is the path of a diff of the scripts, relative to the repository, and `diff` what it held when it was read.
+    `patch` names diffs of the scripts, relative to the repository, and `diff` is what they held when they were read.
     """
 
     script: str
@@ -122,7 +123,7 @@ def parse_line(words: list[str], folder: Path, table: Table) -> list[Run]:
         if label.startswith("default"):
             raise UsageError(f"label={label} is for the scripts as they are, give a patch another label")
         try:
-            diff = (ROOT / patch).read_bytes()
+            diff = b"".join((ROOT / path).read_bytes() for path in patch.split(","))
         except OSError as error:
             raise UsageError(f"patch={patch} cannot be read: {error.strerror}") from error
 
@@ -240,7 +241,7 @@ def note_commit(run: Run, begins: bool) -> None:
     git = ["git", "--no-optional-locks", "-C", str(ROOT)]
     try:
         commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True, stderr=-3).strip()
-        paths = [run.script, *filter(None, [run.patch])]
+        paths = [run.script, *filter(None, run.patch.split(","))]
         changes = subprocess.check_output([*git, "status", "--porcelain", "--", *paths], text=True, stderr=-3)
         commit += "-dirty" if changes.strip() else ""
     except (OSError, subprocess.CalledProcessError):

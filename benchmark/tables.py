@@ -133,6 +133,19 @@ LEVELS = [
     ("discrete", "simple_spread_v3", "", "agent", -8.4, "MAPPO, 10M", "EPyMARL, arXiv 2006.07869"),
     ("discrete", "simple_spread_v3", "relaxed", "agent", -35 / 3, "original, 625k", "google/maddpg-replication's logs"),
     ("discrete", "simple_spread_v3", "relaxed", "agent", -27 / 3, "original, 1.5M", "google/maddpg-replication's logs"),
+    # In the original's own reward, -(3 distances + contacts + 3) a step: 2 * (-35) - 75, 2 * (-27) - 75, and
+    # 6 * (-12.1 + 1.2) - 75, where 1.2 is what it costs here that a position moves a step later
+    ("discrete", "simple_spread_v3", "original", "agent", -145.0, "original, 625k", "google/maddpg-replication's logs"),
+    ("discrete", "simple_spread_v3", "original", "agent", -129.0, "original, 1.5M", "google/maddpg-replication's logs"),
+    (
+        "discrete",
+        "simple_spread_v3",
+        "original",
+        "agent",
+        -140.4,
+        "openai/maddpg, 1.5M",
+        "maddpg-rllib's plots, 10 runs",
+    ),
     ("continuous", "simple_speaker_listener_v4", "", "listener", -6.9, "HARL MADDPG", "HARL's learning curves"),
     ("continuous", "simple_speaker_listener_v4", "", "listener", -6.3, "HARL MATD3, 5M", "HARL's learning curves"),
     ("discrete", "simple_speaker_listener_v4", "", "listener", -8.2, "EPyMARL MADDPG", "arXiv 2006.07869"),
@@ -169,13 +182,15 @@ LEVELS = [
 
 
 def levels(script: str, env_id: str, label: str, side: str) -> list[tuple[float, str]]:
-    """Published scores to compare with: mean return of one agent, and whose. Relaxed runs have levels of their own."""
+    """Published scores to compare with: mean return of one agent, and whose. Labels relaxed-... and original-... have
+    levels of their own.
+    """
     return [
         (value, whose)
         for kind, game, start, of, value, whose, _ in LEVELS
         if (script, env_id, side) == (f"maddpg_{kind}.py", game, of)
         and label.startswith(start)
-        and label.startswith("relaxed") == (start == "relaxed")
+        and label.startswith(("relaxed", "original")) == (start in ("relaxed", "original"))
     ]
 
 

@@ -3,7 +3,8 @@
 Mistakes put in, each of which makes a test here fail: a line of a script that a patch needs, reworded; a patch that is
 empty for one of its scripts; random agents, or agents that are gone, acting by their networks in others-policy; its
 `detach` left out; a batch for each agent without its mask; in original, targets moved after the whole round, or steps
-of one optimiser for all; random play stored as what the policy would do; a variant that the page does not name.
+of one optimiser for all; in its environment, position before velocity, or a contact too few; random play stored as what
+the policy would do; a variant that the page does not name.
 """
 
 import copy
@@ -33,7 +34,7 @@ PAIRS = [
 ]
 # What these change is what is played or stored. All others change what a round makes of a batch.
 OUTSIDE = {"no-exploration", "epsilon-greedy", "shared-noise", "policy-warmup", "batch-per-agent"}
-OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled", "learning-rate-decay"}
+OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled", "learning-rate-decay", "original-environment"}
 
 
 @pytest.fixture(autouse=True)
@@ -575,6 +576,42 @@ def test_original_is_one_agent_after_the_other(file, folder):
         torch.testing.assert_close(parameter, after, msg=name)
 
 
+def test_original_environment(folder):
+    """Each step against arithmetic on what the agents see: velocity, then position, then one reward for all.
+
+    Where agents touch, the push is not computed, only its effect on the reward.
+    """
+    ((plain, script),) = both("original-environment", folder, "D")
+    rng, touched, alone = np.random.default_rng(1), 0, 0
+    for module in plain, script:
+        game = module.make_game("simple_spread_v3", {}, continuous_actions=True)
+        for seed in range(20):
+            obs, _ = game.reset(seed=seed)
+            while game.agents:
+                before = np.stack(list(obs.values())).astype(float)
+                actions = rng.dirichlet(np.full(5, 0.2), size=3)
+                obs, rewards, *_ = game.step(dict(zip(game.agents, actions.astype("f"), strict=True)))
+                after = np.stack(list(obs.values())).astype(float)
+                velocity, position = after[:, :2], after[:, 2:4]
+                moved_by = velocity if module is script else before[:, :2]
+                np.testing.assert_allclose(position, before[:, 2:4] + 0.1 * moved_by, atol=1e-5)
+                landmarks = position[:, None] + after[:, 4:10].reshape(3, 3, 2)  # as each of the agents sees them
+                np.testing.assert_allclose(landmarks, landmarks[:1].repeat(3, 0), atol=1e-5)
+                far = np.linalg.norm(position[:, None] - landmarks[0], axis=2).min(0).sum()
+                apart = np.linalg.norm(position[:, None] - position, axis=2)
+                contacts = (apart < 0.3).sum(1) - 1
+                if (np.linalg.norm(before[:, None, 2:4] - before[:, 2:4], axis=2) + np.eye(3) > 0.4).all():
+                    push = 0.5 * np.stack([actions[:, 2] - actions[:, 1], actions[:, 4] - actions[:, 3]], 1)
+                    np.testing.assert_allclose(velocity, 0.75 * before[:, :2] + push, atol=1e-5)
+                    alone += 1
+                expected = np.full(3, -3 * far - contacts.sum() - 3) if module is script else -(far + contacts) / 2
+                np.testing.assert_allclose(list(rewards.values()), expected, atol=1e-4)
+                touched += contacts.sum() > 0
+    assert touched > 20 and alone > 100
+    game = script.make_game("simple_tag_v3", {}, continuous_actions=True)  # other games stay as they are
+    assert "integrate_state" not in vars(game.unwrapped.world)
+
+
 def test_original_goes_on_as_if_it_had_never_stopped(folder):
     for _, script in both("original", folder):
         changes = dict(env_id="memory", checkpoint_frequency=100, learning_starts=40, max_grad_norm=0.5)
@@ -600,8 +637,10 @@ def test_every_patch_is_in_a_list_under_its_name():
             path = ROOT / settings["patch"]
             used.add(path.stem)
             assert settings["label"].removeprefix("random-prey-") == path.stem
-    assert used >= PATCHES.keys() - {"original"}
-    assert any(settings.get("patch") == "benchmark/ablations/original.patch" for settings in lines("parity"))
+    assert used >= PATCHES.keys() - {"original", "original-environment"}
+    original = [f"benchmark/ablations/{name}.patch" for name in ("original", "original-environment")]
+    assert {settings.get("patch") for settings in lines("parity")} >= {original[0]}
+    assert {settings.get("patch") for settings in lines("original")} == {",".join(original)}
 
 
 def test_the_page_names_every_variant(plot):

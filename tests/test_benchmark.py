@@ -126,6 +126,21 @@ def test_a_patch_and_its_content_name_the_run(programs, tmp_path):
         programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None)
 
 
+def test_patches_apply_one_after_the_other(programs, tmp_path):
+    """The second may need what the first has left."""
+    old, new = "    tau: float = 0.01\n", "    tau: float = 0.02\n"
+    first = patch(tmp_path / "a.patch", "maddpg_discrete.py", old, new)
+    second = tmp_path / "b.patch"
+    second.write_text(first.read_text().replace("0.02", "0.03").replace(f"-{old}", f"-{new}"))
+    (tmp_path / "runs.txt").write_text(f"{LINE} patch={first},{second}\n")
+    (run,) = programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None)
+    programs.sweep.copy_scripts(run.patch, run.diff, tmp_path / "copies")
+    assert "    tau: float = 0.03\n" in (tmp_path / "copies/maddpg_discrete.py").read_text()
+    (tmp_path / "runs.txt").write_text(f"{LINE} patch={second},{first}\n")
+    with pytest.raises(programs.tables.UsageError, match="does not apply"):
+        programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None)
+
+
 def test_scripts_are_patched_inside_and_outside_of_a_repository(programs, tmp_path, monkeypatch):
     """By what diff or git writes, also where git is told of another repository; and again over the copies."""
     subprocess.run(["git", "init", "-q", tmp_path / "repository"], check=True)
