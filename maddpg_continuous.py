@@ -18,13 +18,13 @@ All agents learn as one stack: a parameter has a leading agent dimension, and on
 Observations and actions are padded to the widest agent; masks keep the padding out of every result. Shapes:
 
     obs, next_obs      [batch, n_agents, obs_dim]
-    actions            [batch, n_agents, action_dim]  in (-1, 1) or one-hot; `Games` turns them into the agents' own
+    actions            [batch, n_agents, action_dim]  in [-1, 1] or one-hot; `Games` turns them into the agents' own
     rewards            [batch, n_agents]
     terminations       [batch, n_agents]              1 where the agent's own end cuts the bootstrap, never a time limit
-    alive, next_alive  [batch, n_agents]              1 where the agent acts; where it is still there after the step
+    alive, next_alive  [batch, n_agents]              1 where the agent acts; 1 where it is still there afterwards
 
 The twins maddpg_continuous.py and maddpg_discrete.py differ in what their actions require and in nothing else;
-docs/continuous_to_discrete.diff shows it.
+docs/continuous_to_discrete.diff shows it. docs/maddpg.md explains details, docs/adapting.md has patches to build on.
 """
 
 import argparse
@@ -107,8 +107,8 @@ class Args:
     batch_size: int = 1024
     """steps in the batch of a round, drawn with replacement, the same for all agents"""
     buffer_size: int = 1_000_000
-    """steps that the replay buffer holds: few forget sooner how others used to act, many hold more variety. Discrete:
-    100,000, since a one-hot message changes its meaning at a stroke (original code: 1 million)"""
+    """steps that the replay buffer holds: few forget old policies and the random start sooner, many hold more variety.
+    Discrete: 100,000, since the start's random messages teach that messages mean nothing (original code: 1 million)"""
     learning_starts: int = 10_000
     """environment steps of random play before the first round"""
     train_frequency: int = 25
@@ -119,9 +119,10 @@ class Args:
     """largest gradient norm of an agent's network, 0 for no clipping (original code: 0.5 for each variable)"""
 
     num_envs: int = 25
-    """games played side by side. One for each step of train_frequency hides, with workers, playing behind learning"""
+    """games played side by side. With workers, as many as train_frequency let them all play while a round is learned"""
     num_workers: int | None = None
-    """processes that play them, 0 for none; results do not depend on it. Default: by cores, at least 4 games each"""
+    """processes that play them, a divisor of num_envs or 0 for none; results do not depend on it. Default: by cores, at
+    least 4 games each"""
     torch_threads: int = 1
     """CPU threads of PyTorch: with networks this small more are slower, many times so beside other programs"""
     cuda: bool = False
@@ -239,8 +240,8 @@ def make_game(
             raise
         raise UsageError(f"{env_id} with --env-kwargs {json.dumps(defaults | env_kwargs)}: {error}") from error
     if env_id in scenarios:
-        # The raw environment makes the transitions of `parallel_env` without wrappers around every agent's turn. `last`
-        # is called each turn for an observation that nobody reads, so it makes none.
+        # raw_env gives the transitions of `parallel_env`, without wrappers around every agent's turn. Each turn calls
+        # `last` for an observation that nobody reads, so it makes none.
         game.last = functools.partial(game.last, observe=False)
         game = aec_to_parallel(game)
     elif isinstance(game, gym.Env):
@@ -258,10 +259,10 @@ def game_maker(args: Args) -> Callable[..., pettingzoo.ParallelEnv]:
 class Games(gym.Env):
     """`num_games` copies of one game, played in step, as one Gymnasium environment with joint arrays.
 
-    Its observation holds the coming step's `obs` and `alive` (who acts), after an automatic reset the new episode's,
-    and what the last step led to: `next_obs` (final observations where `done`), `rewards`, `terminations`, `next_alive`
-    (0 after an agent's termination or after it was truncated alone, 1 where a time limit ends the game for all). Shapes
-    are [num_games, n_agents, ...], with zeros where padded or gone. Gymnasium's own reward and end flags are unused.
+    Its observation holds `obs` and `alive` (who acts) for the coming step, a new episode's first after an automatic
+    reset, and what the last step led to: `next_obs` (final observations where `done`), `rewards`, `terminations`,
+    `next_alive` (0 after an agent's termination or after it was truncated alone, 1 where a time limit ends the game for
+    all). Shapes are [num_games, n_agents, ...], with zeros where padded or gone. Gymnasium's reward and end are unused.
 
     Every episode resets with a seed of its own, made from the seed of `reset`, the game's number (from `first_game`)
     and the episode's number, so that games do not depend on how they are shared out among processes.
@@ -296,7 +297,7 @@ class Games(gym.Env):
         self.observation_space = spaces.Dict(boxes | {"done": spaces.MultiBinary(num_games)})
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
-        """Begins episode 0 of every game, or goes back to where `options["histories"]`, of all workers' games, led."""
+        """Begins episode 0 of every game, or replays episodes in progress, `options["histories"]` of all workers'."""
         super().reset(seed=seed)
         self.seed, self.histories = int(self.np_random.integers(2**31)), [[-1] for _ in self.games]
         data = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
@@ -310,7 +311,7 @@ class Games(gym.Env):
         return data, {}
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
-        """One step of all games; `actions` [num_games, n_agents, action_dim], any for agents that are gone."""
+        """One step of all games; `actions` [num_games, n_agents, action_dim], any values for agents that are gone."""
         if not self.action_space.contains(actions):
             raise UsageError(f"actions are not in {self.action_space} but {actions.ravel()}: has training diverged?")
         data = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
@@ -331,7 +332,7 @@ class Games(gym.Env):
         self._write(observations, {*acting, *staying}, data["next_obs"][g])
         data["rewards"][g, acts] = [rewards[agent] for agent in acting]
         data["terminations"][g, acts] = [terminations[agent] for agent in acting]
-        # All that are left truncated at once is a time limit: they bootstrap as if still there. One alone is gone
+        # If all that are left are truncated at once, a time limit, they bootstrap as if still there; one alone is gone
         at_limit = [] if staying else [agent for agent in acting if not terminations[agent]]
         data["next_alive"][g] = [agent in staying or agent in at_limit for agent in self.agents]
         if staying:
@@ -361,7 +362,7 @@ class Games(gym.Env):
 
 
 def check_finite(data: dict[str, np.ndarray], agents: Sequence[str], step: int) -> None:
-    """Raises `UsageError` for a NaN or infinity in what `Games` gave. Losses and weights: see `log`, `checkpoint`."""
+    """Raises `UsageError` for a NaN or infinity in what `Games` gave. Losses, weights: `log`, `check_networks`."""
     for name in ("rewards", "next_obs", "obs"):
         if not np.isfinite(data[name]).all():
             agent = agents[np.argwhere(~np.isfinite(data[name]))[0][1]]
@@ -374,7 +375,7 @@ def pad_mask(widths: Sequence[int]) -> np.ndarray:
 
 
 def match_agents(names: Sequence[str], agents: list[str]) -> Tensor:
-    """[n_agents], true for those that `names` mean: an exact name itself alone, another all that begin with it."""
+    """[n_agents], true for those that `names` mean: the agent of that name or, without one, all that begin with it."""
     for name in names:
         if not any(agent.startswith(name) for agent in agents):
             raise UsageError(f"there is no agent {name}, the agents are {', '.join(agents)}")
@@ -425,10 +426,10 @@ class Critic(nn.Module):
     """Q_i(x, a_1, ..., a_N) of every agent: [batch, n_agents].
 
     All critics read the same joint input: everyone's observations, then everyone's actions, without padding. `change`
-    [batch, n_agents, obs_dim + action_dim], or of actions alone, is added, for critic i alone, to agent i's entries in
-    it: in the actors' loss the difference between another action of its own and the stored one. The first layer being
-    linear, that takes one small product, not a joint input for each critic. Changes [n, batch, ...] give n * batch rows
-    of values. Critics that are not `central` see their own agent alone (DDPG).
+    [batch, n_agents, obs_dim + action_dim], or of actions alone, alters agent i's own entries, for critic i alone: in
+    the actors' loss, from the stored action to another. As the first layer is linear, that takes one small product, not
+    a joint input for each critic. Changes [n, batch, ...] give n * batch rows of values, change by change. Critics that
+    are not `central` see their own agent alone (DDPG).
     """
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int, central: Tensor):
@@ -483,9 +484,10 @@ class Networks(nn.Module):
 
 
 def choose(actor: Actor, obs: Tensor, exploration: float, random_agents: Tensor | None) -> Tensor:
-    """Every agent's exploring action, noise drawn for each game, agent and dimension: [batch, n_agents, action_dim].
+    """Every agent's action, with noise of its own for each game and dimension: [batch, n_agents, action_dim].
 
-    Exploration 0 is greedy. Agents for which `random_agents` [n_agents] is true act uniformly at random instead.
+    Exploration 0 is without noise, greedy. Discrete: any other samples the policy, which is how it explores. Agents for
+    which `random_agents` [n_agents] is true act uniformly at random instead.
     """
     actions = actor(obs)
     if exploration > 0:
@@ -534,8 +536,8 @@ def mean_alive(values: Tensor, alive: Tensor) -> Tensor:
 def td_targets(networks: Networks, data: Transitions, args: Args) -> Tensor:
     """y_i = r_i + gamma (1 - terminated_i) Q'_i(x', mu'_1(o'_1), ..., mu'_N(o'_N)): [batch, n_agents].
 
-    Agents that have left are zeros in x' and among the actions. One that was truncated alone still bootstraps from its
-    last observation, which its own critic alone sees.
+    Discrete: mu' is a sample, not the likeliest. Agents that have left are zeros in x' and among the actions. One that
+    was truncated alone still bootstraps from its last observation, which its own critic alone sees.
     """
     next_actions = choose(networks.target_actor, data.next_obs, 0.0, networks.random_agents)
     there = data.next_alive[:, :, None]
@@ -552,7 +554,7 @@ def critic_loss(networks: Networks, data: Transitions, args: Args) -> tuple[Tens
 
 
 def actor_loss(networks: Networks, data: Transitions, args: Args) -> Tensor:
-    """-Q_i(x, a_1, ..., mu_i(o_i), ..., a_N), the others' actions from the buffer: each agent's mean, [n_agents].
+    """-Q_i at agent i's new action (discrete: at each, weighed), the others' from the buffer: means, [n_agents].
 
     The change puts agent i's action alone into Q_i, so that no critic's gradient reaches another agent's actor; the
     critics are constants here.
@@ -603,8 +605,8 @@ def evaluate(
 ) -> tuple[np.ndarray, int]:
     """Undiscounted returns of greedy episodes, [episodes, n_agents], and the environment steps that they took.
 
-    `games` are the evaluation's own and begin anew from `seed`. Each counts with equally many episodes, so that short
-    ones are not preferred. Training's random numbers are left as they were.
+    `games` are the evaluation's own and begin anew from `seed`. If they divide `episodes`, each counts equally often,
+    so that short ones are not preferred. Training's random numbers are left as they were.
     """
     n_games, device = len(games.games), networks.learns.device
     returns, running, steps = [[] for _ in range(n_games)], np.zeros((n_games, len(games.agents))), 0
@@ -828,9 +830,12 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         def join(result: tuple) -> dict[str, np.ndarray]:  # one worker's games after the other's
             return {key: array.reshape(shapes[key]) for key, array in result[0].items()}
 
-        def checkpoint() -> None:
+        def check_networks() -> None:
             if not all(tensor.isfinite().all() for tensor in (*networks.parameters(), *losses.values())):
                 raise UsageError(f"weights or losses are not finite at step {global_step}: training has diverged")
+
+        def checkpoint() -> None:
+            check_networks()
             writer.flush()
             histories = envs.get_attr("histories") if args.num_workers else [envs.histories]
             state = {
@@ -929,6 +934,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         bar.update(global_step - bar.n)
         if not stops and evaluated_at != global_step:
             trained, evaluated_at = evaluate_and_log()[0], global_step
+        check_networks()
         if args.checkpoint_frequency:
             checkpoint()
         writer.close()

@@ -89,13 +89,15 @@ def test_no_room_for_the_first_checkpoint(script, monkeypatch):
     assert not list(run.glob("checkpoint*"))
 
 
-def test_a_checkpoint_never_holds_what_is_not_finite(script):
-    """Neither the weights nor, through an initial observation, the replay buffer."""
+@pytest.mark.parametrize("frequency", [20, 0])
+def test_nothing_is_saved_that_is_not_finite(script, frequency):
+    """Neither weights nor, through an initial observation, the replay buffer; without checkpoints no model either."""
     with pytest.raises(script.UsageError, match="diverged"):
-        script.main(make_args(script, critic_learning_rate=1e30, checkpoint_frequency=20))
+        script.main(make_args(script, critic_learning_rate=1e30, checkpoint_frequency=frequency))
     for file in Path("runs").glob("*/*.pt"):
         saved = torch.load(file, weights_only=True)
         assert all(value.isfinite().all() for value in saved["networks"].values())
+    assert not list(Path("runs").glob("*/model.pt"))
 
 
 def test_evaluation_on_resume(script):
