@@ -769,15 +769,16 @@ def paragraph(results: Results) -> str:
     update = results.median("update over bare products, all columns", "discrete, 2x64")
     times = results.median("update over bare products, all columns", "discrete, 2x64", "ratio")
     work = results.median("work, all columns", "discrete, 2x64")
+    products = results.median("bare products, all columns", "discrete, 2x64")
     return (
-        "With one environment, 2x64 and a round every 100 steps, a training step of the discrete script takes "
+        "With one environment, 2x64, a round every 100 steps and a stopwatch, a step of the discrete script takes "
         f"{sum(part.values()):.3f} ms beside {bare:.3f} ms for a step of the bare simulator. "
         f"Of it the simulator takes {share['simulator']}, which "
         f"no learning code can save: what it gains on the bare one comes from leaving out the wrappers of every turn. "
         f"The joint arrays around it take {share['joint arrays']}, the action choice {share['action choice']}, "
         f"learning {share['learning']}, storing and logging {share['storing and logging']}. A round alone takes "
-        f"{update:.1f} ms, {times:.2f} times the {work:.2f} GFLOP of its bare matrix products; the rest is what stands "
-        "between them: activations, the Gumbel-softmax, the gather of the batch, Adam and the targets."
+        f"{update:.1f} ms, {times:.2f} times its bare matrix products ({products:.1f} ms for {work:.2f} GFLOP); the "
+        "rest is what stands between them: activations, the Gumbel-softmax, the gather of the batch, Adam and the targets."
     )
 
 

@@ -124,6 +124,10 @@ def result_rows(run, label: str) -> list[list]:
 # ---- Reading ---------------------------------------------------------------------------------------------------------
 # Published scores of games in which all agents want the same, or the opponent is fixed, converted to this environment:
 # script, game, how the label begins, side (as in `sides`), return of one agent, whose and after how many steps, source.
+# On GitHub: openai/maddpg, google/maddpg-replication, wsjeon/maddpg-rllib, uoe-agents/epymarl, agi-brain/xuance,
+# PKU-MARL/HARL, legalaspro/maddpg-zoo-torch. simple_spread of OpenAI's environment and of EPyMARL pays each agent
+# -(3 G + C + 75) an episode, with G the summed distances and C the contacts, mpe2 -(3 G + C) / 6 on average; there a
+# position follows a step later, which costs another 1.2, taken off all of these but for the two of google's logs.
 LEVELS = [
     ("continuous", "simple_spread_v3", "", "agent", -9.0, "XuanCe MADDPG, 5M", "XuanCe's benchmark curves, 5 seeds"),
     ("continuous", "simple_spread_v3", "", "agent", -10.2, "legalaspro, 1.5M", "maddpg-zoo-torch's data, 1 seed"),
