@@ -778,7 +778,7 @@ def paragraph(results: Results) -> str:
         f"The joint arrays around it take {share['joint arrays']}, the action choice {share['action choice']}, "
         f"learning {share['learning']}, storing and logging {share['storing and logging']}. A round alone takes "
         f"{update:.1f} ms, {times:.2f} times its bare matrix products ({products:.1f} ms for {work:.2f} GFLOP); the "
-        "rest is what stands between them: activations, the Gumbel-softmax, the gather of the batch, Adam and the targets."
+        "rest is what stands between them: activations, the Gumbel-softmax, the batch's gather, Adam and the targets."
     )
 
 
