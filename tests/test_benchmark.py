@@ -7,6 +7,7 @@ repository around it, which changes nothing; a patched script's run played by th
 
 import csv
 import difflib
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -379,6 +381,71 @@ def test_estimator_runs(trained, tmp_path):
     }
 
 
+# ---- discount.py -----------------------------------------------------------------------------------------------------
+@pytest.fixture
+def discount(monkeypatch, discrete):
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import discount
+
+    return discount
+
+
+def test_returns_after_each_action(discount, discrete, monkeypatch):
+    """Without noise: what Q_i is asked, and each action's returns, beside an episode played again for every action."""
+    monkeypatch.setattr(discount, "gumbel_noise", torch.zeros)
+    make = functools.partial(discrete.make_game, "simple_spread_v3", {"max_cycles": 99}, False)
+    games, source, plain = (discrete.Games(make, n) for n in (80, 1, 1))
+    torch.manual_seed(2)
+    networks = discrete.Networks(source, discrete.Args(hidden_dim=16)).requires_grad_(False)
+    for seed in 3, 4:
+        rng = np.random.default_rng(seed)
+        step, i = rng.integers(25), rng.integers(3)
+        q_values, *returns = discount.tried(networks, games, source, 0.9, seed)
+        discounted, rest = np.split(np.array(returns), 2)
+        assert discounted.shape == (16, 5) and np.array_equal(discounted, discounted[:1].repeat(16, 0))
+        for option in range(5):
+            data, _ = plain.reset(seed=seed)
+            rewards = []
+            for k in range(step + 60):
+                obs = torch.from_numpy(data["obs"])
+                actions = discrete.choose(networks.actor, obs, 0.0, None)
+                if k == step:
+                    actions[0, i] = torch.eye(5)[option]
+                    assert q_values[option] == pytest.approx(networks.critic(obs, actions)[0, i].item(), abs=1e-5)
+                data, *_ = plain.step(actions.numpy())
+                rewards.append(float(data["rewards"][0, i]))
+            expected = sum(0.9**k * r for k, r in enumerate(rewards[step:]))
+            assert discounted[0, option] == pytest.approx(expected, abs=1e-4)
+            assert rest[0, option] == pytest.approx(sum(rewards[step:25]), abs=1e-4)
+        assert np.ptp(discounted[0]) > 1e-3
+
+
+def test_discount_runs(discount, trained, monkeypatch):
+    """Figures of critics that are right but for a constant, and of ones that know states, but not what actions do."""
+    known = np.random.default_rng(0).normal(size=(50, 1, 5)) + np.arange(50)[:, None, None]
+    networks = SimpleNamespace(requires_grad_=lambda _: networks, restore=lambda _: None)
+    saved = {"args": vars(discount.maddpg.Args(env_id="simple_spread_v3")), "networks": 0}
+    monkeypatch.setattr(discount.maddpg, "load", lambda *_: saved)
+    monkeypatch.setattr(discount.maddpg, "Networks", lambda *_: networks)
+    for right in True, False:
+
+        def tried(networks, games, source, gamma, seed, right=right):
+            q_values = known[seed] if right else known[seed].mean(1, keepdims=True).repeat(5, 1)
+            return np.concatenate([q_values + 1, *[known[seed].repeat(16, 0)] * 2])
+
+        monkeypatch.setattr(discount, "tried", tried)
+        with np.errstate(invalid="ignore"):
+            figures = dict(zip(discount.COLUMNS[3:], map(float, discount.measure("run", 50)[3:]), strict=True))
+        assert figures["error"] == pytest.approx(1 if right else 1.34, abs=0.05)
+        assert figures["actions"] == pytest.approx(1 if right else 0, abs=0.01, nan_ok=True)
+        assert figures["reliability"] == figures["undiscounted"] == 1 and figures["values"] > 0.99
+        assert figures["effect"] == pytest.approx(0.9, abs=0.1) and figures["states"] == 50
+    command = [sys.executable, BENCHMARK / "discount.py", trained, "--quick"]
+    wrong = subprocess.run(command, capture_output=True, text=True)
+    assert wrong.returncode == 2 and "simple_spread_v3" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+
+
+# ---- The other programs ----------------------------------------------------------------------------------------------
 def test_crossplay_joins_two_runs(monkeypatch, trained):
     """Each side's rows from its own run: an agent with itself is unchanged."""
     monkeypatch.syspath_prepend(str(BENCHMARK))
