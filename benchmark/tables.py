@@ -136,6 +136,7 @@ LEVELS = [
     ("discrete", "simple_spread_v3", "", "agent", -9.8, "QMIX, 2M", "EPyMARL, arXiv 2006.07869"),
     ("discrete", "simple_spread_v3", "", "agent", -8.4, "MAPPO, 10M", "EPyMARL, arXiv 2006.07869"),
     ("discrete", "simple_spread_v3", "relaxed", "agent", -35 / 3, "original, 625k", "google/maddpg-replication's logs"),
+    ("discrete", "simple_spread_v3", "relaxed", "agent", -12.1, "openai/maddpg, 1.5M", "maddpg-rllib's plots, 10 runs"),
     ("discrete", "simple_spread_v3", "relaxed", "agent", -27 / 3, "original, 1.5M", "google/maddpg-replication's logs"),
     # In the original's own reward, -(3 distances + contacts + 3) a step: 2 * (-35) - 75, 2 * (-27) - 75, and
     # 6 * (-12.1 + 1.2) - 75, where 1.2 is what it costs here that a position moves a step later
