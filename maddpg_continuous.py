@@ -23,6 +23,8 @@ Observations and actions are padded to the widest agent; masks keep the padding 
     terminations       [batch, n_agents]              1 where the agent's own end cuts the bootstrap, never a time limit
     alive, next_alive  [batch, n_agents]              1 where the agent acts; 1 where it is still there afterwards
 
+An agent that has left has zeros in all of them.
+
 The twins maddpg_continuous.py and maddpg_discrete.py differ in what their actions require and in nothing else;
 docs/continuous_to_discrete.diff shows it. docs/maddpg.md explains details, docs/adapting.md has patches to build on.
 """
