@@ -212,7 +212,8 @@ def train(root: str, script: str, flags: list[str], seed: int, folder: str, step
             stderr=log,
             env=environment,
             pass_fds=[lock.fileno()],
-            preexec_fn=lambda: sys.platform == "linux" and ctypes.CDLL(None).prctl(1, signal.SIGTERM),
+            start_new_session=True,  # Ray kills the worker's group
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
         code = process.wait()
         if code:
@@ -234,6 +235,19 @@ def train(root: str, script: str, flags: list[str], seed: int, folder: str, step
             path.unlink()
         new.replace(folder / "final.json")
     return False, ""
+
+
+def end_with_parent() -> None:
+    """Called in a new process: goes on in a child of it, which gets one SIGTERM when that process or its parent ends.
+
+    A Ray worker that ends could send one for each of its threads, and a second one ends training without a checkpoint;
+    and Ray kills its workers' children, but not their children.
+    """
+    libc = ctypes.CDLL(None)
+    libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if child := os.fork():
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+    libc.prctl(1, signal.SIGTERM)
 
 
 def note_commit(run: Run, begins: bool) -> None:

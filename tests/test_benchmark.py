@@ -241,6 +241,21 @@ def test_a_patched_script_plays_its_run_itself(tmp_path):
     assert json.loads(final.read_text())["returns"]["sum"] == 175 and list(final.parent.glob("scripts/*.py"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere training is not told that its Ray worker has ended")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_sweep_has_saved(tmp_path, number):
+    """Training writes a checkpoint before it ends, long before its first one is due."""
+    (tmp_path / "small.txt").write_text("maddpg_discrete.py --env-id simple_v3 --total-timesteps 300000 seeds=1\n")
+    process = command(tmp_path, tmp_path / "small.txt", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: list(tmp_path.glob("runs/maddpg*/runs/*/events*")), process)
+    child = training(process)
+    time.sleep(3)
+    process.send_signal(number)
+    process.wait(60)
+    psutil.wait_procs([child], timeout=60)
+    assert list(tmp_path.glob("runs/maddpg*/runs/*/checkpoint.pt"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "original"])
 def test_a_killed_worker_and_a_killed_sweep_lose_nothing(tmp_path, name):
@@ -262,7 +277,7 @@ def test_a_killed_worker_and_a_killed_sweep_lose_nothing(tmp_path, name):
         return found and found[0].stat().st_mtime > after and training(process)
 
     first = wait_until(lambda: saved(0), process)
-    first.parent().kill()  # the Ray worker
+    first.parent().parent().kill()  # the Ray worker
     second = wait_until(lambda: (found := training(process)) and found.pid != first.pid and found, process)
     assert not first.is_running() or first.status() == psutil.STATUS_ZOMBIE
     wait_until(lambda: saved(time.time() - 1), process)
