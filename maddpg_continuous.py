@@ -492,12 +492,12 @@ def choose(actor: Actor, obs: Tensor, exploration: float, random_agents: Tensor 
     which `random_agents` [n_agents] is true act uniformly at random instead.
     """
     actions = actor(obs)
-    if exploration > 0:
-        actions = actions.add(torch.randn_like(actions), alpha=exploration).clamp(-1, 1)
+    if exploration > 0:  # within -1 and 1, padding within 0 and 0
+        actions = actions.add(torch.randn_like(actions), alpha=exploration).clamp(-actor.action_mask, actor.action_mask)
     if random_agents is not None:
-        uniform = torch.rand_like(actions) * 2 - 1
+        uniform = (torch.rand_like(actions) * 2 - 1) * actor.action_mask
         actions = torch.where(random_agents[:, None], uniform, actions)
-    return actions * actor.action_mask
+    return actions
 
 
 # ---- Replay buffer ---------------------------------------------------------------------------------------------------

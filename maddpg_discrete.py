@@ -514,11 +514,11 @@ def gumbel_softmax(actor: Actor, logits: Tensor, temperature: float, soft: bool 
     et al. 2017). Temperature 0 is without noise, greedy. `actor.relaxed` makes all soft.
     """
     if temperature > 0:
-        uniform = torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny)  # the log of 0 would be infinite
-        logits = (logits - uniform.log_().neg_().log_()) / temperature
+        uniform = torch.rand_like(logits).clamp_(min=torch.finfo(logits.dtype).tiny)  # the log of 0 would be infinite
+        logits = logits - uniform.log_().neg_().log_()
     choices = (logits + actor.padding_logits).contiguous().unflatten(2, (actor.n_choices, -1))
     if soft or actor.relaxed:
-        actions = choices.movedim(0, 3).softmax(2).movedim(3, 0)  # with the batch last, faster on CPUs
+        actions = (choices / (temperature or 1)).movedim(0, 3).softmax(2).movedim(3, 0)  # batch last: faster on CPUs
     else:
         actions = torch.zeros_like(choices).scatter_(3, choices.argmax(3, keepdim=True), 1.0)
     return actions.flatten(2) * actor.action_mask
@@ -534,7 +534,7 @@ def choose(actor: Actor, obs: Tensor, exploration: float, random_agents: Tensor 
     if random_agents is not None:
         uniform = gumbel_softmax(actor, torch.zeros_like(actions), 1.0)
         actions = torch.where(random_agents[:, None], uniform, actions)
-    return actions * actor.action_mask
+    return actions
 
 
 # ---- Replay buffer ---------------------------------------------------------------------------------------------------

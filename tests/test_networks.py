@@ -253,6 +253,7 @@ def test_random_agents_act_uniformly_whatever_their_policy(script):
     greedy = script.choose(networks.actor, obs, 0.0, None).detach()
     assert torch.equal(actions[:, [0, 2]], greedy[:, [0, 2]])
     assert_valid(script, games, actions)
+    assert_valid(script, games, script.choose(networks.actor, obs, 0.0, torch.ones(3, dtype=torch.bool)))  # all random
     for part in parts(games, 1):
         if is_discrete(script):
             np.testing.assert_allclose(actions[:, 1, part].mean(0).numpy(), 1 / len(part), atol=0.04)
