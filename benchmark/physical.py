@@ -4,7 +4,7 @@
     python benchmark/physical.py benchmark/runs/*spread* --episodes 1000
 
 Plays saved models greedily with mpe2's `benchmark_data` and writes results/physical.csv, a row for each run and
-quantity, means over the episodes, sums over their steps:
+quantity, means over the episodes, sums over their steps; rows of other runs, whose models may be gone, stay:
 
     simple_spread             distance     of the landmarks to the nearest agent, summed over landmarks
                               collisions   touches, summed over agents, so that each counts twice
@@ -98,8 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
                 about = [f"{run.script.__name__}.py", run.args.env_id, folder.name, run.args.seed]
                 about += [run.args.total_timesteps, " ".join(run.args.random_agents)]
                 rows.append([*about, quantity, f"{value:.4f}", options.episodes])
+        path, names = options.output / "physical.csv", {folder.name for folder in folders}
+        before = list(csv.reader(path.read_text().splitlines()))[1:] if path.exists() else []
         columns = "script,env_id,run,seed,total_timesteps,random_agents,quantity,value,episodes"
-        write(options.output / "physical.csv", columns, rows)
+        write(path, columns, [row for row in before if row[2] not in names] + rows)
         columns = "table,script,env_id,label,seed,side,score_of,score,global_step,wall_clock_s"
         write(options.output / "reached.csv", columns, reached(read_tables(options.tables)))
     except UsageError as error:

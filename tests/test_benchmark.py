@@ -461,15 +461,66 @@ def test_discount_runs(discount, trained, monkeypatch):
 
 
 # ---- The other programs ----------------------------------------------------------------------------------------------
-def test_crossplay_joins_two_runs(monkeypatch, trained):
-    """Each side's rows from its own run: an agent with itself is unchanged."""
+def train(folder, flags):
+    folder.mkdir()
+    words = f"{SMALL} --total-timesteps 1000 --eval-episodes 1 --num-workers 0 {flags}".split()
+    subprocess.run([sys.executable, ROOT / "maddpg_discrete.py", *words], cwd=folder, check=True)
+    return next(folder.glob("runs/*"))
+
+
+def test_crossplay_lets_each_side_play_by_its_own_run(monkeypatch, tmp_path):
+    """In what is joined of two runs the adversary acts as in the first and the others as in the second."""
     monkeypatch.syspath_prepend(str(BENCHMARK))
     import crossplay
 
-    player = crossplay.Player(trained)
-    networks, _ = crossplay.join(player, player)
-    for name, value in player.networks.actor.state_dict().items():
-        assert torch.equal(value, networks.actor.state_dict()[name])
+    runs = [train(tmp_path / str(seed), f"--env-id simple_adversary_v3 --seed {seed}") for seed in (1, 2)]
+    first, second = map(crossplay.Player, runs)
+    networks, _ = crossplay.join(first, second)
+    obs = torch.randn(50, 3, 10)
+    joined, ours, theirs = (n(obs) for n in (networks.actor, first.networks.actor, second.networks.actor))
+    assert torch.equal(joined[:, 0], ours[:, 0]) and torch.equal(joined[:, 1:], theirs[:, 1:])
+    assert not torch.isclose(ours, theirs).all(2).any()
+    returns, _ = first.script.evaluate(networks, first.games, 20, 7, None)
+    played = crossplay.play([second, first], [second], 20, 7)
+    np.testing.assert_allclose(played["adversary"][1, 0], returns[:, 0])
+    np.testing.assert_allclose(played["agent"][1, 0], returns[:, 1:].mean(1))
+
+
+# ---- physical.py -----------------------------------------------------------------------------------------------------
+def test_what_is_counted_explains_the_returns(monkeypatch, tmp_path, trained):
+    """A touch pays each predator 10; in simple_spread -(3 distance + collisions) / 6 is an agent's return."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import physical
+
+    tag, spread = (train(tmp_path / name, f"--env-id {name}") for name in ("simple_tag_v3", "simple_spread_v3"))
+
+    def measured(folder):
+        run = physical.Player(folder)
+        returns, _ = run.script.evaluate(run.networks, run.games, 30, 5, None)
+        return physical.measure(run, 30, 5), returns.mean(0)
+
+    found, returns = measured(tag)
+    assert found["touches"] > 0 and found["touches"] * 10 == pytest.approx(returns[0])
+    found, returns = measured(spread)
+    assert found["collisions"] > 0
+    assert -(3 * found["distance"] + found["collisions"]) / 6 == pytest.approx(returns.mean())
+    assert measured(trained)[0] == {"solved": 0.0}  # after 1,000 steps
+
+
+def test_physical_keeps_the_rows_of_runs_that_are_gone(monkeypatch, tmp_path, trained):
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import physical
+
+    (tmp_path / "none.csv").write_text(
+        "script,env_id,label,seed,global_step,wall_clock_s,agent,episodic_return,episodes,commit\n"
+    )
+    words = [str(trained), "--episodes", "10", "--tables", str(tmp_path / "none.csv"), "--output", str(tmp_path)]
+    header = "script,env_id,run,seed,total_timesteps,random_agents,quantity,value,episodes\n"
+    gone, old = "maddpg_discrete.py,g,gone,1,9,,touches,1.5,10", f"maddpg_discrete.py,g,{trained.name},1,9,,touches,9,9"
+    (tmp_path / "physical.csv").write_text(f"{header}{gone}\n{old}\n")
+    assert physical.main(words) == 0
+    kept, new = (tmp_path / "physical.csv").read_text().splitlines()[1:]
+    assert kept == gone and f"{trained.name},1,1000,,solved,0.0000,10" in new
 
 
 def test_sides_that_get_one_reward_are_one(monkeypatch):
