@@ -15,7 +15,7 @@ lists/crossplay.txt, give the runs whose first, and whose second side is meant:
 
 The 95% interval (Student's t) is over runs, not pairs, which share runs: over the first or the second side's, whichever
 is wider, each averaged over whom it met. Where there is one pair it is over the episodes.
-Rows are appended to results/crossplay.csv.
+Rows are appended to results/crossplay_pairs.csv.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(name, nargs="+", action="append", default=[], metavar=("NAME", "RUN"))
     parser.add_argument("--episodes", type=int, default=1_000, help="of each pair of runs")
     parser.add_argument("--seed", type=int, default=20_000, help="of the episodes")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results/crossplay.csv")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results/crossplay_pairs.csv")
     options = parser.parse_args(arguments)
     groups = {n: getattr(options, n) for n in ("ours", "theirs", "maddpg", "ddpg") if getattr(options, n)}
     try:
