@@ -157,24 +157,18 @@ LEVELS = [
     ),
     ("continuous", "simple_reference_v3", "", "agent", -16.9 / 2, "HARL MADDPG, 5M", "HARL's curves, team -16.9"),
     ("continuous", "simple_reference_v3", "", "agent", -13.9 / 2, "HARL MATD3, 5M", "HARL's curves, team -13.9"),
+    ("continuous", "simple_tag_v3", "random-prey", "adversary", 73.0, "script: greedy chasers", "benchmark/chasers.py"),
     (
         "continuous",
         "simple_tag_v3",
         "random-prey",
         "adversary",
-        65.0,
-        "script: greedy chasers",
-        "simulated on mpe2 1.1.1",
+        90.6,
+        "script: leading chasers",
+        "benchmark/chasers.py",
     ),
-    (
-        "discrete",
-        "simple_tag_v3",
-        "random-prey",
-        "adversary",
-        65.0,
-        "script: greedy chasers",
-        "simulated on mpe2 1.1.1",
-    ),
+    ("discrete", "simple_tag_v3", "random-prey", "adversary", 44.6, "script: greedy chasers", "benchmark/chasers.py"),
+    ("discrete", "simple_tag_v3", "random-prey", "adversary", 65.8, "script: leading chasers", "benchmark/chasers.py"),
 ]
 
 

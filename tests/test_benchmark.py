@@ -523,6 +523,20 @@ def test_physical_keeps_the_rows_of_runs_that_are_gone(monkeypatch, tmp_path, tr
     assert kept == gone and f"{trained.name},1,1000,,solved,0.0000,10" in new
 
 
+def test_scripted_chasers_touch_the_prey(monkeypatch, tmp_path):
+    """With a force along a wrong axis or away from the prey they have about 0.5, greedy ones 73 and 45."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import chasers
+
+    monkeypatch.setattr(chasers, "LEADS", (0.0, 0.1))
+    chasers.main(["--episodes", "50", "--output", str(tmp_path)])
+    assert [(row["script"], row["lead"]) for row in rows(tmp_path / "chasers.csv")] == [
+        (f"{script}.py", lead) for script in ("maddpg_continuous", "maddpg_discrete") for lead in ("0.0", "0.1")
+    ]
+    greedy_c, leading_c, greedy_d, leading_d = (float(r["episodic_return"]) for r in rows(tmp_path / "chasers.csv"))
+    assert 55 < greedy_c < leading_c and 30 < greedy_d < leading_d < leading_c
+
+
 def test_sides_that_get_one_reward_are_one(monkeypatch):
     """Though their sums differ by a rounding and their clocks by a moment; other returns stay apart."""
     monkeypatch.syspath_prepend(str(BENCHMARK))
