@@ -644,6 +644,30 @@ def update(networks: Networks, optimizers: tuple, data: Transitions, args: Args)
     return {"critic_loss": critic_losses.detach(), "q_values": q_values, "actor_loss": actor_losses.detach()}
 
 
+class OneLaunch:
+    """`update` as one CUDA graph: of a small round, a GPU spends most time on being handed kernel after kernel.
+
+    Three rounds run as they are, while PyTorch compiles and sets itself up. The fourth is recorded, and from there on
+    replayed with each round's data in place of the recorded. The next round overwrites the losses.
+    """
+
+    def __init__(self, learn: Callable[..., dict[str, Tensor]]):
+        self.learn, self.rounds, self.graph = learn, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, networks: Networks, optimizers: tuple, data: Transitions, args: Args) -> dict[str, Tensor]:
+        self.rounds += 1
+        if self.rounds < 4:
+            return self.learn(networks, optimizers, data, args)
+        if self.rounds == 4:
+            self.data = data
+            with torch.cuda.graph(self.graph):
+                self.losses = self.learn(networks, optimizers, data, args)
+        for recorded, new in zip(self.data, data, strict=True):
+            recorded.copy_(new)
+        self.graph.replay()
+        return self.losses
+
+
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
 def evaluate(
@@ -827,10 +851,12 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         device = torch.device("cuda" if args.cuda else "cpu")
         networks.to(device)
         # One Adam for all agents: it works element by element, and they share no parameter
-        actor_optimizer = torch.optim.Adam(networks.actor.parameters(), lr=args.actor_learning_rate, fused=True)
-        critic_optimizer = torch.optim.Adam(networks.critic.parameters(), lr=args.critic_learning_rate, fused=True)
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cuda)
+        actor_optimizer = adam(networks.actor.parameters(), lr=args.actor_learning_rate)
+        critic_optimizer = adam(networks.critic.parameters(), lr=args.critic_learning_rate)
         optimizers = actor_optimizer, critic_optimizer
         learn = torch.compile(update) if args.compile else update
+        learn = OneLaunch(learn) if args.compile and args.cuda else learn
         size, row_bytes = min(args.buffer_size, args.total_timesteps), ReplayBuffer(1, eval_games, device).rows.nbytes
         memory = torch.cuda.mem_get_info()[0] if args.cuda else psutil.virtual_memory().available
         gib = size * row_bytes / 2**30

@@ -25,7 +25,8 @@ time to a score       steps to the first evaluation at or above it, a mean over 
                       ratio of training with default flags: the steps of the bare simulator in the same time
 one training step     the discrete script with num_envs 1, with a stopwatch on its parts
 memory                a million-row buffer, and this process's resident size before and after it is filled
-hardware              with --compile or --cuda: one round, eager and compiled, on the processor and the GPU
+hardware              with --compile or --cuda: one round of the discrete script, eager and compiled, on the processor
+                      and, with --cuda, on the GPU; and with --cuda whole training with default flags on both
 """
 
 import contextlib
@@ -107,7 +108,7 @@ class Args:
     compile: bool = False
     """measure compiled updates too (a C++ compiler, a minute for each setting)"""
     cuda: bool = False
-    """measure updates on the GPU too"""
+    """measure on the GPU too. On the processor beside it then, nothing is compiled"""
     quick: bool = False
     """two short repeats, to test this program: the figures mean little. Writes to a temporary folder"""
     report: bool = False
@@ -296,10 +297,12 @@ def shared_buffer(script: ModuleType, games, added: int, device: torch.device = 
 
 def learner(script: ModuleType, games, rb, hidden_dim: int, batch: int = BATCH, learn=None) -> Callable[[], object]:
     """One round as in `main`, with networks and optimisers of its own; `learn` is `update`, or compiled."""
-    args, learn = script.Args(hidden_dim=hidden_dim, batch_size=batch), learn or script.update
+    args = script.Args(hidden_dim=hidden_dim, batch_size=batch, cuda=rb.rows.is_cuda)
+    learn = learn or script.update
     networks = script.Networks(games, args).to(rb.rows.device)
     rates = (networks.actor, args.actor_learning_rate), (networks.critic, args.critic_learning_rate)
-    optimizers = tuple(torch.optim.Adam(network.parameters(), lr=rate, fused=True) for network, rate in rates)
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cuda)
+    optimizers = tuple(adam(network.parameters(), lr=rate) for network, rate in rates)
     return lambda: learn(networks, optimizers, rb.sample(batch), args)
 
 
@@ -439,7 +442,7 @@ def timed_buffer(script: ModuleType, rows: Tensor, stopwatch: Stopwatch) -> type
         def __init__(self, size: int, *args):
             super().__init__(1, *args)
             if size > 1:  # `main` makes one of a single row to see how large that is
-                self.rows, self.added = rows, BUFFER_ROWS
+                self.rows, self.added = rows.to(self.rows.device), BUFFER_ROWS
                 TimedBuffer.first = TimedBuffer.last = None
 
         def add(self, *fields: np.ndarray) -> None:
@@ -544,30 +547,53 @@ def compiler_works(device: torch.device) -> bool:
     return True
 
 
+def compiled(script: ModuleType, device: torch.device) -> Callable:
+    """What `main` makes of `update` under --compile."""
+    torch.compiler.reset()
+    learn = torch.compile(script.update)
+    return learn if device == CPU else script.OneLaunch(learn)
+
+
 def hardware(args: Args) -> Iterator[tuple[int, Row]]:
     """Rows of one round, eager and compiled, each with its repeat: all of a setting at once, as each compiles anew."""
     script, devices = maddpg_discrete, [CPU]
     if args.cuda and torch.cuda.is_available():
-        devices.append(torch.device("cuda"))
+        devices.insert(0, torch.device("cuda"))
     elif args.cuda:
         print("rows on a GPU skipped: PyTorch finds none")
+    gpu = torch.cuda.get_device_name() if len(devices) > 1 else ""
     games = script.Games(make(script), 1)
     for device in devices if args.cuda or args.compile else ():
-        on_cpu = device == CPU
-        where, wait = ("cpu", lambda: None) if on_cpu else (torch.cuda.get_device_name(), torch.cuda.synchronize)
-        compiled = args.compile and compiler_works(device)
+        where, wait = ("cpu", lambda: None) if device == CPU else (gpu, torch.cuda.synchronize)
+        where = f"cpu beside {gpu}" if device == CPU and gpu else where
+        compiling = args.compile and not (device == CPU and gpu) and compiler_works(device)
         rb = shared_buffer(script, games, BUFFER_ROWS, device)
         for hidden_dim, batch in itertools.product((64, 256), (1024, 16_384)):
             functions = {"eager": learner(script, games, rb, hidden_dim, batch)}
-            if compiled:
-                torch.compiler.reset()
-                functions["compiled"] = learner(script, games, rb, hidden_dim, batch, torch.compile(script.update))
+            if compiling:
+                functions["compiled"] = learner(script, games, rb, hidden_dim, batch, compiled(script, device))
             beside(functions, args.seconds / 2, 1, wait)
             for repeat in range(args.repeats):
                 seconds = beside(functions, args.seconds, wait=wait)
                 for how, value in seconds.items():
                     setting = f"{where}, {how}, 2x{hidden_dim}, batch {batch:,}"
                     yield repeat, Row("update, hardware", setting, 1e3 * value, "ms", "eager", value / seconds["eager"])
+        flags = {"cuda": device != CPU, "compile": compiling}
+        yield from default_runs(args, where + ", compiled" * compiling, flags) if gpu else ()
+
+
+def default_runs(args: Args, where: str, flags: dict[str, bool]) -> Iterator[tuple[int, Row]]:
+    """Both scripts' `main` with default flags, and with more games than those, as many workers as there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for (kind, script), repeat in itertools.product(SCRIPTS.items(), range(args.repeats)):
+        functions = {"bare": game_stepper(bare_game(kind))}
+        for num_envs, num_workers in (25, None), (20 * (cores - 1), cores - 1):
+            torch.compiler.reset()
+            before = beside(functions, args.seconds, 1)["bare"]
+            seconds, _ = train(script, full_rows(), args.steps, num_envs=num_envs, num_workers=num_workers, **flags)
+            bare = (before + beside(functions, args.seconds, 1)["bare"]) / 2
+            setting = f"{where}, {kind}, default flags but num_envs {num_envs}"
+            yield repeat, Row("training, hardware", setting, 1 / seconds, "steps/s", "bare simulator", bare / seconds)
 
 
 # ---- The CSV ---------------------------------------------------------------------------------------------------------
@@ -628,8 +654,9 @@ def measure(args: Args, path: Path) -> None:
             new += [as_line(row, repeat, columns) for row in next(group)]
         write(path, old, new)
     if "hardware" in args.only:
-        new += [as_line(row, repeat, columns) for repeat, row in hardware(args)]
-        write(path, old, new)
+        for repeat, row in hardware(args):
+            new.append(as_line(row, repeat, columns))
+            write(path, old, new)
 
 
 # ---- The report ------------------------------------------------------------------------------------------------------
