@@ -652,15 +652,19 @@ class OneLaunch:
     """
 
     def __init__(self, learn: Callable[..., dict[str, Tensor]]):
-        self.learn, self.rounds, self.graph = learn, 0, torch.cuda.CUDAGraph()
+        self.learn, self.rounds, self.graph, self.stream = learn, 0, torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def __call__(self, networks: Networks, optimizers: tuple, data: Transitions, args: Args) -> dict[str, Tensor]:
         self.rounds += 1
-        if self.rounds < 4:
-            return self.learn(networks, optimizers, data, args)
+        if self.rounds < 4:  # on the stream of the recording: what autograd keeps of a round remembers its stream
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                losses = self.learn(networks, optimizers, data, args)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return losses
         if self.rounds == 4:
             self.data = data
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=self.stream):
                 self.losses = self.learn(networks, optimizers, data, args)
         for recorded, new in zip(self.data, data, strict=True):
             recorded.copy_(new)

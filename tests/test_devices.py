@@ -1,7 +1,7 @@
 """Compiled rounds beside eager ones, and a GPU beside the CPU. Without a compiler, or a GPU, what needs it is skipped.
 
 Mistakes put in, each of which makes a test here fail: a compiled round that leaves the targets where they are; a CUDA
-graph that goes on with the data, or the random numbers, that it was recorded with.
+graph that goes on with the data, or the random numbers, that it was recorded with; first rounds on another stream.
 """
 
 import functools
@@ -64,6 +64,18 @@ def test_recorded_rounds_draw_new_random_numbers(script, device):
     frozen = dict(seed=1, number=10, tau=0.0, actor_learning_rate=0.0, critic_learning_rate=0.0)
     losses, _ = rounds(script, device, script.OneLaunch(torch.compile(script.update)), **frozen)
     assert len(np.unique(losses[:, 0], axis=0)) == (10 if is_discrete(script) else 1)
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_recording_while_older_rounds_are_still_in_memory(script, device):
+    """Autograd's nodes of the first rounds are alive, as until Python collects its garbage: the stream is theirs."""
+    held = []
+
+    def learn(networks, optimizers, data, args):
+        held.append(script.critic_loss(networks, data, args)[0] + script.actor_loss(networks, data, args))
+        return script.update(networks, optimizers, data, args)
+
+    assert_equal(rounds(script, device, script.OneLaunch(learn)), rounds(script, device, learn))
 
 
 @pytest.mark.parametrize("device", [GPU])
