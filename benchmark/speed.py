@@ -89,6 +89,11 @@ SCORES = (
     (-9.0, 1.3e6),
 )  # simple_spread_v3, continuous, one agent's return: the mark in the bare simulator's steps
 LEARNING_STEPS = 50_000, 100_000, 150_000, 200_000, 400_000, 600_000
+GPU_TEXT = """\
+One round of the discrete script in simple_tag_v3, in ms; then training with default flags, in steps per second: 25
+games, and 20 for each worker with a worker for every core but one. Eager, a GPU spends a small round on being handed
+its kernels one by one; compiled, they are one CUDA graph. Compiled rounds draw other random numbers than eager ones, of
+the same distribution. `cpu` is the machine of all other figures, `cpu beside` that of the GPU; both use one thread."""
 DEFAULT_RUN = "simple_spread_v3, continuous, default flags"
 
 Row = namedtuple("Row", "quantity setting value unit reference ratio", defaults=("", ""))
@@ -579,7 +584,7 @@ def hardware(args: Args) -> Iterator[tuple[int, Row]]:
                     setting = f"{where}, {how}, 2x{hidden_dim}, batch {batch:,}"
                     yield repeat, Row("update, hardware", setting, 1e3 * value, "ms", "eager", value / seconds["eager"])
         flags = {"cuda": device != CPU, "compile": compiling}
-        yield from default_runs(args, where + ", compiled" * compiling, flags) if gpu else ()
+        yield from default_runs(args, f"{where}, {'compiled' if compiling else 'eager'}", flags) if gpu else ()
 
 
 def default_runs(args: Args, where: str, flags: dict[str, bool]) -> Iterator[tuple[int, Row]]:
@@ -818,6 +823,17 @@ def all_table(results: Results) -> Iterator[str]:
         yield f"| {quantity} | {setting} | {values} | {results.unit(quantity, setting)} | {ratios} | {reference} |"
 
 
+def hardware_table(results: Results, quantity: str) -> Iterator[str]:
+    """Medians: a line for each setting, a column for each piece of hardware, eager and compiled."""
+    settings = [setting.split(", ", 2) for setting in sorted(results.of(quantity), reverse=True)]
+    places = dict.fromkeys((where, how) for where, how, _ in settings)
+    yield f"| {quantity.split(',')[0]} | " + " | ".join(", ".join(place) for place in places) + " |"
+    yield "|---|" + "---|" * len(places)
+    for what in sorted({what for _, _, what in settings}):
+        medians = [results.get(quantity, ", ".join([*place, what]), "value") for place in places]
+        yield f"| {what} | " + " | ".join(number(statistics.median(m)) if m else "" for m in medians) + " |"
+
+
 def machines(results: Results) -> Iterator[str]:
     keys = [column for column in COLUMNS[COLUMNS.index("commit") :] if column != "date"]
     for values in dict.fromkeys(tuple(row[key] for key in keys) for row in results.rows):
@@ -864,6 +880,9 @@ def report(folder: Path) -> None:
     lines += ["agents learning, batch 1,024, a full buffer of a million rows, one thread of PyTorch.", ""]
     lines += [*machines(results), "", "## Marks", "", *mark_table(results), ""]
     lines += ["## What the time is spent on", "", paragraph(results), "", "![](speed.png)", ""] if split else []
+    if any(not setting.startswith("cpu") for setting in results.of("update, hardware")):
+        lines += ["## On a GPU", "", GPU_TEXT, "", *hardware_table(results, "update, hardware"), ""]
+        lines += [*hardware_table(results, "training, hardware"), ""]
     lines += ["## Learning, with one environment and with many", ""]
     lines += [
         "A round sees the same number of steps, collected in another order. Greedy return of one agent, 100 episodes,"
