@@ -128,7 +128,7 @@ class Args:
     torch_threads: int = 1
     """CPU threads of PyTorch: with networks this small more are slower, many times so beside other programs"""
     cuda: bool = False
-    """learn on the GPU: an H100 makes 4 times a CPU core's steps, 7 with --compile, 20 with --num-envs 300 too"""
+    """learn on the GPU: an H100 with 16 cores makes 4 times the steps, with --compile 7, with --num-envs 300 too 20"""
     compile: bool = False
     """compile `update`, on a GPU into one CUDA graph (needs a C++ compiler and about a minute)"""
     checkpoint_frequency: int = 200_000
@@ -601,10 +601,11 @@ def update(networks: Networks, optimizers: tuple, data: Transitions, args: Args)
 
 
 class OneLaunch:
-    """`update` as one CUDA graph: of a small round, a GPU spends most time on being handed kernel after kernel.
+    """`update` as one CUDA graph: all its kernels, handed to a GPU in one call, where a small round waits for each.
 
-    Three rounds run as they are, while PyTorch compiles and sets itself up. The fourth is recorded, and from there on
-    replayed with each round's data in place of the recorded. The next round overwrites the losses.
+    A replay runs no Python and finds everything at the addresses of the recording: each batch is copied into the
+    recorded one, branches and numbers of Python stay as they were, and the next round overwrites the losses. Three
+    rounds come before, in which PyTorch compiles and sets itself up.
     """
 
     def __init__(self, learn: Callable[..., dict[str, Tensor]]):
@@ -640,7 +641,7 @@ def evaluate(
     """
     n_games, device = len(games.games), networks.learns.device
     returns, running, steps = [[] for _ in range(n_games)], np.zeros((n_games, len(games.agents))), 0
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] * networks.learns.is_cuda):
         torch.manual_seed(seed)
         data, _ = games.reset(seed=seed)
         check_finite(data, games.agents, 0)
@@ -809,7 +810,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         device = torch.device("cuda" if args.cuda else "cpu")
         networks.to(device)
         # One Adam for all agents: it works element by element, and they share no parameter
-        adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cuda)
+        adam = functools.partial(torch.optim.Adam, fused=True, capturable=args.cuda)  # by a CUDA graph
         actor_optimizer = adam(networks.actor.parameters(), lr=args.actor_learning_rate)
         critic_optimizer = adam(networks.critic.parameters(), lr=args.critic_learning_rate)
         optimizers = actor_optimizer, critic_optimizer

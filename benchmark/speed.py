@@ -25,8 +25,8 @@ time to a score       steps to the first evaluation at or above it, a mean over 
                       ratio of training with default flags: the steps of the bare simulator in the same time
 one training step     the discrete script with num_envs 1, with a stopwatch on its parts
 memory                a million-row buffer, and this process's resident size before and after it is filled
-hardware              with --compile or --cuda: one round of the discrete script, eager and compiled, on the processor
-                      and, with --cuda, on the GPU; and with --cuda whole training with default flags on both
+hardware              with --compile, one round of the discrete script on the processor, eager and compiled; with --cuda
+                      on the GPU, and eager on the processor beside it, and training with default flags on both
 """
 
 import contextlib
@@ -40,6 +40,7 @@ import itertools
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,8 @@ GROUPS = ("simulators", "updates", "agents", "training", "memory", "hardware")
 # num_envs, num_workers, hidden_dim, train_frequency
 RUNS = (
     (1, 0, 64, 100),
-    *((num_envs, num_workers, 64, 100) for num_envs in (8, 32, 100, 200) for num_workers in (0, 1, 2)),
+    *((num_envs, num_workers, 64, 100) for num_envs in (8, 16, 32, 100, 200) for num_workers in (0, 1, 2)),
+    *((num_envs, num_workers, 128, 25) for num_envs in (8, 25) for num_workers in (0, 1, 2)),
     (1, 0, 64, 25),
     (1, 0, 128, 25),
 )
@@ -93,7 +95,21 @@ GPU_TEXT = """\
 One round of the discrete script in simple_tag_v3, in ms; then training with default flags, in steps per second: 25
 games, and 20 for each worker with a worker for every core but one. Eager, a GPU spends a small round on being handed
 its kernels one by one; compiled, they are one CUDA graph. Compiled rounds draw other random numbers than eager ones, of
-the same distribution. `cpu` is the machine of all other figures, `cpu beside` that of the GPU; both use one thread."""
+the same distribution. `cpu` is the machine of all other figures, `cpu beside` that of the GPU; both learn with one
+thread. What is empty was not measured, and of the GPU's machine training was run once, compiled twice.
+
+Of the ways to compile, in one run: `torch.compile` alone takes 1.5 times the eager time, with `reduce-overhead` 0.73 (a
+round has many parts for it, which Python joins), a CUDA graph of the eager round 0.12, of the compiled one 0.09."""
+TRIED = """\
+Each by a program of its own that is not kept, beside the way taken, so these are no rows:
+
+- another library for the products (`mm`, oneDNN's linear layer, NumPy's OpenBLAS): 70 to 97 GFLOPS, all within 20 %
+- the hidden layers without the transposed layout of `StackedLinear`: a round is 20 to 45 % slower
+- 512 rows at a time through the critics in the actors' loss: that pass 10 to 20 % faster, a round 0 to 3 %
+- the simulator's world without its agents' turns: 4 to 15 % of the simulator's time, by its private methods
+- leaner joint arrays in `Games`: 10 of 47 microseconds a step
+- Python's garbage collector off, or its objects frozen, while training: nothing
+- `--compile` on a CPU: the rows below, 80 to 97 % of the eager time; eager stays the default"""
 DEFAULT_RUN = "simple_spread_v3, continuous, default flags"
 
 Row = namedtuple("Row", "quantity setting value unit reference ratio", defaults=("", ""))
@@ -113,7 +129,7 @@ class Args:
     compile: bool = False
     """measure compiled updates too (a C++ compiler, a minute for each setting)"""
     cuda: bool = False
-    """measure on the GPU too. On the processor beside it then, nothing is compiled"""
+    """measure on the GPU too"""
     quick: bool = False
     """two short repeats, to test this program: the figures mean little. Writes to a temporary folder"""
     report: bool = False
@@ -187,6 +203,7 @@ def chooser(script: ModuleType, hidden_dim: int) -> Callable[[], np.ndarray]:
         with torch.inference_mode():
             obs = torch.from_numpy(data["obs"]).to(CPU)
             actions = script.choose(networks.actor, obs, exploration, networks.random_agents).cpu().numpy()
+        assert np.isfinite(actions).all()
         actions *= data["alive"][:, :, None]
         return actions
 
@@ -552,50 +569,62 @@ def compiler_works(device: torch.device) -> bool:
     return True
 
 
-def compiled(script: ModuleType, device: torch.device) -> Callable:
-    """What `main` makes of `update` under --compile."""
-    torch.compiler.reset()
-    learn = torch.compile(script.update)
-    return learn if device == CPU else script.OneLaunch(learn)
-
-
 def hardware(args: Args) -> Iterator[tuple[int, Row]]:
-    """Rows of one round, eager and compiled, each with its repeat: all of a setting at once, as each compiles anew."""
-    script, devices = maddpg_discrete, [CPU]
-    if args.cuda and torch.cuda.is_available():
-        devices.insert(0, torch.device("cuda"))
-    elif args.cuda:
+    """Rows of one round and, with a GPU, of training, each with its repeat."""
+    gpu = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else None
+    if args.cuda and not gpu:
         print("rows on a GPU skipped: PyTorch finds none")
-    gpu = torch.cuda.get_device_name() if len(devices) > 1 else ""
+    if gpu:
+        yield from rounds_on(args, gpu, torch.device("cuda"), args.compile)
+        yield from training_on(args, f"{gpu}, eager", cuda=True)
+        yield from training_on(args, f"{gpu}, compiled", cuda=True, compile=True) if args.compile else ()
+        yield from rounds_on(args, f"cpu beside {gpu}", CPU, compiling=False)
+        yield from training_on(args, f"cpu beside {gpu}, eager")
+    elif args.compile:
+        yield from rounds_on(args, "cpu", CPU, compiling=True)
+
+
+def rounds_on(args: Args, where: str, device: torch.device, compiling: bool) -> Iterator[tuple[int, Row]]:
+    """A round of each width and batch, eager and as --compile has it; of the smallest what else was tried, too.
+
+    All repeats of a setting at once, as each compiles anew.
+    """
+    script, wait = maddpg_discrete, (lambda: None) if device == CPU else torch.cuda.synchronize
     games = script.Games(make(script), 1)
-    for device in devices if args.cuda or args.compile else ():
-        where, wait = ("cpu", lambda: None) if device == CPU else (gpu, torch.cuda.synchronize)
-        where = f"cpu beside {gpu}" if device == CPU and gpu else where
-        compiling = args.compile and not (device == CPU and gpu) and compiler_works(device)
-        rb = shared_buffer(script, games, BUFFER_ROWS, device)
-        for hidden_dim, batch in itertools.product((64, 256), (1024, 16_384)):
-            functions = {"eager": learner(script, games, rb, hidden_dim, batch)}
-            if compiling:
-                functions["compiled"] = learner(script, games, rb, hidden_dim, batch, compiled(script, device))
-            beside(functions, args.seconds / 2, 1, wait)
-            for repeat in range(args.repeats):
-                seconds = beside(functions, args.seconds, wait=wait)
-                for how, value in seconds.items():
-                    setting = f"{where}, {how}, 2x{hidden_dim}, batch {batch:,}"
-                    yield repeat, Row("update, hardware", setting, 1e3 * value, "ms", "eager", value / seconds["eager"])
-        flags = {"cuda": device != CPU, "compile": compiling}
-        yield from default_runs(args, f"{where}, {'compiled' if compiling else 'eager'}", flags) if gpu else ()
+    rb = shared_buffer(script, games, BUFFER_ROWS, device)
+    compiling = compiling and compiler_works(device)
+    for hidden_dim, batch in itertools.product((64, 256), (1024, 16_384)):
+        ways = {"eager": script.update}
+        if compiling:
+            torch.compiler.reset()
+            learn = torch.compile(script.update)
+            ways["compiled"] = learn if device == CPU else script.OneLaunch(learn)
+            if device != CPU and (hidden_dim, batch) == (64, 1024):
+                ways["torch.compile alone"] = learn
+                ways["torch.compile in mode reduce-overhead"] = torch.compile(script.update, mode="reduce-overhead")
+                ways["one CUDA graph of the eager round"] = script.OneLaunch(script.update)
+        functions = {how: learner(script, games, rb, hidden_dim, batch, learn) for how, learn in ways.items()}
+        for function in functions.values():
+            for _ in range(5):  # the first rounds compile and record
+                function()
+        beside(functions, args.seconds / 2, 1, wait)
+        for repeat in range(args.repeats):
+            seconds = beside(functions, args.seconds, wait=wait)
+            for how, value in seconds.items():
+                quantity = "update, hardware" if how in ("eager", "compiled") else "update, other ways"
+                setting = f"{where}, {how}, 2x{hidden_dim}, batch {batch:,}"
+                yield repeat, Row(quantity, setting, 1e3 * value, "ms", "eager", value / seconds["eager"])
 
 
-def default_runs(args: Args, where: str, flags: dict[str, bool]) -> Iterator[tuple[int, Row]]:
-    """Both scripts' `main` with default flags, and with more games than those, as many workers as there are cores."""
+def training_on(args: Args, where: str, **flags: bool) -> Iterator[tuple[int, Row]]:
+    """Both scripts' `main` with default flags, and with 20 games for each worker, a worker for every core but one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for (kind, script), repeat in itertools.product(SCRIPTS.items(), range(args.repeats)):
         functions = {"bare": game_stepper(bare_game(kind))}
-        for num_envs, num_workers in (25, None), (20 * (cores - 1), cores - 1):
+        for num_envs, num_workers in (25, None), (20 * max(cores - 1, 1), cores - 1):
             torch.compiler.reset()
-            before = beside(functions, args.seconds, 1)["bare"]
-            seconds, _ = train(script, full_rows(), args.steps, num_envs=num_envs, num_workers=num_workers, **flags)
+            before, steps = beside(functions, args.seconds, 1)["bare"], max(args.steps, 40 * num_envs)
+            seconds, _ = train(script, full_rows(), steps, num_envs=num_envs, num_workers=num_workers, **flags)
             bare = (before + beside(functions, args.seconds, 1)["bare"]) / 2
             setting = f"{where}, {kind}, default flags but num_envs {num_envs}"
             yield repeat, Row("training, hardware", setting, 1 / seconds, "steps/s", "bare simulator", bare / seconds)
@@ -718,14 +747,15 @@ def marks(results: Results) -> list[tuple[str, str, list[float], float, bool]]:
     for kind, hidden_dim in itertools.product(SCRIPTS, (64, 128)):
         name = f"{kind}, 2x{hidden_dim}"
         table.append((f"one round of updates, {name}", "<= 1.5 x its bare products", update, name, "ratio", 1.5, False))
-    name = "discrete, 2x64"
-    table.append(("the same, counting own action's columns only", "<= 1.5 x these", own, name, "ratio", 1.5, False))
+    name = "continuous, 2x64"
+    table.append((f"the same, own action's columns only, {name}", "<= 1.5 x these", own, name, "ratio", 1.5, False))
     for kind in SCRIPTS:
         setting = f"{kind}, 2x64"
         table.append((f"action choice, {setting}", "<= 0.08 ms", "action choice", setting, "value", 0.08, False))
-    table.append(
-        ("a full buffer of a million rows", "a nearly empty one's time, within 5 %", full, name, "ratio", 1.05, False)
-    )
+    mark = "a nearly empty one's time, within 5 %"
+    for kind in SCRIPTS:
+        setting = f"{kind}, 2x64"
+        table.append((f"a full buffer of a million rows, {setting}", mark, full, setting, "ratio", 1.05, False))
     for n in 3, 12:
         setting = f"48 agents over {n}"
         table.append((f"time over arithmetic, {setting}", "no growth, <= 1", growth, setting, "ratio", 1.0, False))
@@ -808,7 +838,8 @@ def paragraph(results: Results) -> str:
         f"Of it the simulator takes {share['simulator']}, which "
         f"no learning code can save: what it gains on the bare one comes from leaving out the wrappers of every turn. "
         f"The joint arrays around it take {share['joint arrays']}, the action choice {share['action choice']}, "
-        f"learning {share['learning']}, storing and logging {share['storing and logging']}. A round alone takes "
+        f"learning {share['learning']}, storing and logging {share['storing and logging']}. In turn with the rest each "
+        f"part takes longer than over and over by itself, as the action choice shows. A round alone takes "
         f"{update:.1f} ms, {times:.2f} times its bare matrix products ({products:.1f} ms for {work:.2f} GFLOP); the "
         "rest is what stands between them: activations, the Gumbel-softmax, the batch's gather, Adam and the targets."
     )
@@ -824,14 +855,14 @@ def all_table(results: Results) -> Iterator[str]:
 
 
 def hardware_table(results: Results, quantity: str) -> Iterator[str]:
-    """Medians: a line for each setting, a column for each piece of hardware, eager and compiled."""
-    settings = [setting.split(", ", 2) for setting in sorted(results.of(quantity), reverse=True)]
-    places = dict.fromkeys((where, how) for where, how, _ in settings)
-    yield f"| {quantity.split(',')[0]} | " + " | ".join(", ".join(place) for place in places) + " |"
-    yield "|---|" + "---|" * len(places)
-    for what in sorted({what for _, _, what in settings}):
-        medians = [results.get(quantity, ", ".join([*place, what]), "value") for place in places]
-        yield f"| {what} | " + " | ".join(number(statistics.median(m)) if m else "" for m in medians) + " |"
+    """Medians: a line for each piece of hardware, eager and compiled, a column for each setting."""
+    settings = [setting.split(", ", 2) for setting in results.of(quantity)]
+    columns = sorted({what for _, _, what in settings}, key=lambda what: [*map(int, re.findall(r"\d+", what)), what])
+    yield f"| {quantity.split(',')[0]} | " + " | ".join(columns) + " |"
+    yield "|---|" + "---|" * len(columns)
+    for where, how in dict.fromkeys((where, how) for where, how, _ in settings):
+        values = [results.get(quantity, f"{where}, {how}, {what}", "value") for what in columns]
+        yield f"| {where}, {how} | " + " | ".join(number(statistics.median(v)) if v else "" for v in values) + " |"
 
 
 def machines(results: Results) -> Iterator[str]:
@@ -843,6 +874,8 @@ def machines(results: Results) -> Iterator[str]:
         yield f"- {facts['cpu model']}, {facts['cores']} cores, commit {facts['commit']}, {repeats} repeats; {versions}"
     if all(setting.startswith("cpu") for setting in results.of("update, hardware")):
         yield "- It has not run on a GPU: those rows are missing below (`--only hardware --cuda --compile` adds them)."
+    else:
+        yield "- It has run on Linux, on no GPU but those below, and on none with the PyTorch of requirements.txt."
     if not any("compiled" in setting for setting in results.of("update, hardware")):
         yield "- Compiled updates have not been measured (`--only hardware --compile` adds them)."
 
@@ -883,6 +916,7 @@ def report(folder: Path) -> None:
     if any(not setting.startswith("cpu") for setting in results.of("update, hardware")):
         lines += ["## On a GPU", "", GPU_TEXT, "", *hardware_table(results, "update, hardware"), ""]
         lines += [*hardware_table(results, "training, hardware"), ""]
+    lines += ["## Tried, not taken", "", TRIED, ""]
     lines += ["## Learning, with one environment and with many", ""]
     lines += [
         "A round sees the same number of steps, collected in another order. Greedy return of one agent, 100 episodes,"

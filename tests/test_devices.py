@@ -66,8 +66,9 @@ def test_recorded_rounds_draw_new_random_numbers(script, device):
     assert len(np.unique(losses[:, 0], axis=0)) == (10 if is_discrete(script) else 1)
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(max_grad_norm=0.05, ddpg_agents=["scout"], random_agents=["guard"])])
 @pytest.mark.parametrize("device", [GPU])
-def test_recording_while_older_rounds_are_still_in_memory(script, device):
+def test_recording_while_older_rounds_are_still_in_memory(script, device, changes):
     """Autograd's nodes of the first rounds are alive, as until Python collects its garbage: the stream is theirs."""
     held = []
 
@@ -75,7 +76,8 @@ def test_recording_while_older_rounds_are_still_in_memory(script, device):
         held.append(script.critic_loss(networks, data, args)[0] + script.actor_loss(networks, data, args))
         return script.update(networks, optimizers, data, args)
 
-    assert_equal(rounds(script, device, script.OneLaunch(learn)), rounds(script, device, learn))
+    recorded = script.OneLaunch(learn)
+    assert_equal(rounds(script, device, recorded, **changes), rounds(script, device, learn, **changes))
 
 
 @pytest.mark.parametrize("device", [GPU])
@@ -87,13 +89,17 @@ def test_rounds_on_a_gpu_are_those_of_the_cpu(script, device, monkeypatch):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("compiling", [False, True])
-@pytest.mark.parametrize("device", [GPU])
-def test_a_run_on_a_gpu_resumes_as_if_it_had_not_stopped(script, device, num_workers, compiling):
-    """Its weights and its steps, bit for bit; and its model plays on the CPU as it did on the GPU."""
-    flags = dict(cuda=True, compile=compiling, num_envs=4, num_workers=num_workers, env_id="simple_speaker_listener_v4")
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_run_resumes_as_if_it_had_not_stopped(script, device, compiling, num_workers):
+    """Its weights and its steps, bit for bit, evaluations and checkpoints or none; its model plays alike on the CPU."""
+    if device == CPU and compiling:
+        pytest.skip("takes a minute and adds nothing")
+    flags = dict(cuda=device == "cuda", compile=compiling, num_envs=4, num_workers=num_workers)
+    flags["env_id"] = "simple_speaker_listener_v4"
     torch.compiler.reset()
-    networks, rb, run = script.main(make_args(script, total_timesteps=600, **flags))
-    assert networks.learns.is_cuda and rb.rows.is_cuda
+    recorded = dict(eval_frequency=100, checkpoint_frequency=100)
+    networks, rb, run = script.main(make_args(script, total_timesteps=600, **flags, **recorded))
+    assert networks.learns.is_cuda == rb.rows.is_cuda == flags["cuda"]
     half = script.main(make_args(script, **flags))[2]
     resumed, resumed_rb, _ = script.main(make_args(script, total_timesteps=600, resume=str(half), **flags))
     for a, b in zip(networks.parameters(), resumed.parameters(), strict=True):
@@ -104,6 +110,15 @@ def test_a_run_on_a_gpu_resumes_as_if_it_had_not_stopped(script, device, num_wor
     games = script.Games(script.game_maker(args), 10)
     returns, _ = script.evaluate(networks, games, 10, args.seed + script.EVAL_SEEDS, None)
     np.testing.assert_allclose(script.play(args), returns, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_evaluation_asks_only_its_own_device(script, device, monkeypatch):
+    """On a machine with GPUs a run on the CPU leaves them alone: their random numbers are not even read."""
+    asked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: asked.append(len(devices)) or fork(devices))
+    script.main(make_args(script, cuda=device == "cuda"))
+    assert set(asked) == {int(device == "cuda")}
 
 
 @pytest.mark.parametrize("device", [CPU, GPU])
