@@ -124,7 +124,7 @@ class Args:
     """games played side by side. With workers, as many as train_frequency let them all play while a round is learned"""
     num_workers: int | None = None
     """processes that play them, a divisor of num_envs or 0 for none; results do not depend on it. Default: by cores, at
-    least 4 games each"""
+    least 4 games each, one alone from 20 games on. As one thread learns, further cores serve further seeds better"""
     torch_threads: int = 1
     """CPU threads of PyTorch: with networks this small more are slower, many times so beside other programs"""
     cuda: bool = False
@@ -174,8 +174,9 @@ class Args:
             ) from error
         if self.num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            shares = [w for w in range(1, cores) if 4 * w <= self.num_envs and self.num_envs % w == 0]
-            self.num_workers = max(shares, default=0)
+            least = {0: 0, 1: 20}  # games from which so many workers pay; others: 4 each
+            fitting = (w for w in range(cores + 1) if self.num_envs >= least.get(w, 4 * w))
+            self.num_workers = max(w for w in fitting if self.num_envs % max(w, 1) == 0)
         if self.num_workers and self.num_envs % self.num_workers:
             raise UsageError(f"--num-envs {self.num_envs} must be a multiple of --num-workers {self.num_workers}")
 

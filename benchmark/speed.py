@@ -81,7 +81,7 @@ GROUPS = ("simulators", "updates", "agents", "training", "memory", "hardware")
 RUNS = (
     (1, 0, 64, 100),
     *((num_envs, num_workers, 64, 100) for num_envs in (8, 16, 32, 100, 200) for num_workers in (0, 1, 2)),
-    *((num_envs, num_workers, 128, 25) for num_envs in (8, 25) for num_workers in (0, 1, 2)),
+    *((num_envs, num_workers, 128, 25) for num_envs in (8, 25) for num_workers in (0, 1)),
     (1, 0, 64, 25),
     (1, 0, 128, 25),
 )

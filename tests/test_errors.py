@@ -55,6 +55,7 @@ BOTH = {
     "num_envs": (["--num-envs", "0"], ["--num-envs"]),
     "games_and_buffer": (["--num-envs", "9", "--buffer-size", "8", "--batch-size", "1"], ["--num-envs", "8"]),
     "workers": (["--num-envs", "3", "--num-workers", "2"], ["--num-envs", "--num-workers"]),
+    "more_workers_than_games": (["--num-envs", "3", "--num-workers", "5"], ["--num-workers", "3"]),
     "eval_episodes": (["--eval-episodes", "0"], ["--eval-episodes"]),
     "learning_rate": (["--actor-learning-rate", "-1"], ["--actor-learning-rate"]),
     "infinite_rate": (["--critic-learning-rate", "inf"], ["--critic-learning-rate", "inf"]),
