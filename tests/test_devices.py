@@ -1,7 +1,8 @@
 """Compiled rounds beside eager ones, and a GPU beside the CPU. Without a compiler, or a GPU, what needs it is skipped.
 
-Mistakes put in, each of which makes a test here fail: a compiled round that leaves the targets where they are; a CUDA
-graph that goes on with the data, or the random numbers, that it was recorded with; first rounds on another stream.
+Mistakes put in, each of which makes a test here fail: rounds that are not compiled under --compile; a compiled round
+that leaves the targets where they are; evaluation that reads every GPU's random numbers. On a GPU nothing was put in;
+first rounds on the default stream made recording fail there, after six runs of one process, for which there is a test.
 """
 
 import functools
