@@ -789,18 +789,13 @@ def mark_table(results: Results) -> Iterator[str]:
 
 
 def learning_table() -> Iterator[str]:
-    """One agent's greedy return in simple_spread_v3 by steps, one environment beside 25, of one and the same script.
-
-    The discrete runs are from before 92d1e53, straight-through both.
-    """
+    """One agent's greedy return in simple_spread_v3 by steps, one environment beside 25."""
     yield "| simple_spread_v3 | " + " | ".join(f"{step:,}" for step in LEARNING_STEPS) + " |"
     yield "|---|" + "---|" * len(LEARNING_STEPS)
     for kind in SCRIPTS:
-        discrete = kind == "discrete"
-        many = ("trials", "straight-through-600k") if discrete else ("marks", "default-600k")
-        for (table, label), what in (
-            (("trials", "num-envs-1"), "num_envs 1, one seed"),
-            (many, "num_envs 25, five seeds"),
+        for table, label, what in (
+            ("trials", "num-envs-1", "num_envs 1, two seeds"),
+            ("marks", "default-600k", "num_envs 25, five seeds"),
         ):
             rows = read(HERE / "results" / f"{table}.csv")
             key = f"maddpg_{kind}.py", "simple_spread_v3", label, "sum", "100"
@@ -809,7 +804,7 @@ def learning_table() -> Iterator[str]:
                 fields = "script", "env_id", "label", "agent", "episodes"
                 found = [r for r in rows if tuple(r[f] for f in fields) == key and int(r["global_step"]) == step]
                 cells.append(spread([float(row["episodic_return"]) / 3 for row in found]))
-            yield f"| {kind}{', straight-through' * discrete}, {what} | " + " | ".join(cells) + " |"
+            yield f"| {kind}, {what} | " + " | ".join(cells) + " |"
 
 
 def steps_to(score: float) -> list[float]:
