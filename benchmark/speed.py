@@ -794,7 +794,7 @@ def learning_table() -> Iterator[str]:
     yield "|---|" + "---|" * len(LEARNING_STEPS)
     for kind in SCRIPTS:
         for table, label, what in (
-            ("trials", "num-envs-1", "num_envs 1, two seeds"),
+            ("trials", "num-envs-1", "num_envs 1, two seeds to 200,000"),
             ("marks", "default-600k", "num_envs 25, five seeds"),
         ):
             rows = read(HERE / "results" / f"{table}.csv")
