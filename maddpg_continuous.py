@@ -174,8 +174,8 @@ class Args:
             ) from error
         if self.num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            least = {0: 0, 1: 20}  # games from which so many workers pay; others: 4 each
-            fitting = (w for w in range(cores + 1) if self.num_envs >= least.get(w, 4 * w))
+            least = {0: 0, 1: 20}  # games from which so many workers pay beside the learner; others: 4 each
+            fitting = (w for w in range(cores + 1 if cores > 1 else 1) if self.num_envs >= least.get(w, 4 * w))
             self.num_workers = max(w for w in fitting if self.num_envs % max(w, 1) == 0)
         if self.num_workers and self.num_envs % self.num_workers:
             raise UsageError(f"--num-envs {self.num_envs} must be a multiple of --num-workers {self.num_workers}")

@@ -179,13 +179,13 @@ def test_initial_networks_depend_on_the_seed(script):
 @pytest.mark.parametrize(
     "cores, expected",
     [
-        (1, {1: 0, 16: 0, 25: 1, 200: 1}),
+        (1, {1: 0, 16: 0, 25: 0, 200: 0}),
         (2, {1: 0, 7: 0, 8: 2, 9: 0, 16: 2, 25: 1, 200: 2}),
         (16, {8: 2, 16: 4, 25: 5, 300: 15}),
     ],
 )
 def test_default_number_of_workers(script, cores, expected, monkeypatch):
-    """One worker is worth its hand-over with many games only; more than one play at the same time."""
+    """One worker is worth its hand-over with many games only, several play at the same time, a lone core has none."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     assert {num_envs: script.Args(num_envs=num_envs).num_workers for num_envs in expected} == expected
 
