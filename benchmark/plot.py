@@ -3,14 +3,15 @@
     python benchmark/plot.py                                    # all tables in benchmark/results
     python benchmark/plot.py benchmark/results/marks.csv --labels default random-prey
     python benchmark/plot.py --ablations                        # docs/ablations.md and its picture
+    python benchmark/plot.py --scenarios                        # docs/scenarios.md and its picture
 
 Writes results/table.md: final mean returns of one agent of a side (1,000 greedy episodes; where the label ends in
 `training` the last 1,000 exploring ones), with 95% intervals over seeds by Student's t. And results/TABLE_GAME.png:
 learning curves, means over seeds with the same intervals, with published scores (tables.py) as lines.
 
-The runs of lists/ablations.txt have a page of their own: --ablations writes the tables between the markers in
-docs/ablations.md, and docs/ablations.png, from what results/ablations.csv holds so far. A difference is to the same
-game's and script's default; its 95% interval is Welch's.
+Two lists have a page of their own, written from what is done so far: the tables between the markers, and a picture.
+--ablations is for lists/ablations.txt; a difference is to the same game's and script's default, its 95% interval is
+Welch's. --scenarios is for lists/all.txt and the runs of two other lists that are the same.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 ABLATIONS = ROOT / "benchmark/lists/ablations.txt"
 BASELINES = "default-300k", "random-prey-300k"  # labels of what the other rows of a game are compared with
-BLOCK = re.compile(r"(<!-- begin: plot.py --ablations -->\n).*(<!-- end -->)", re.DOTALL)
+SCENARIOS = {"all": "default", "ablations": "default-300k", "crossplay": "default"}  # table to label
+BLOCK = re.compile(r"(<!-- begin: plot.py --\w+ -->\n).*(<!-- end -->)", re.DOTALL)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -72,6 +74,16 @@ def markdown(runs: dict) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def draw(axes, by_step: dict[int, list[float]], label: str, **style) -> None:
+    """A learning curve: means over seeds, with intervals."""
+    steps = sorted(by_step)
+    low, high = zip(*(interval(by_step[step]) for step in steps), strict=True)
+    means = [np.mean(by_step[step]) for step in steps]
+    (line,) = axes.plot(steps, means, label=f"{label} ({len(by_step[steps[0]])})", **style)
+    axes.fill_between(steps, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+
+
 def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
     """One picture of one game: a plot for each script and side, a line for each label."""
     plots = {}
@@ -86,12 +98,7 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
     for axes, ((script, side), labels) in zip(all_axes[0], plots.items(), strict=True):
         drawn = {}
         for label, by_step in labels.items():
-            steps = sorted(by_step)
-            low, high = zip(*(interval(by_step[step]) for step in steps), strict=True)
-            (line,) = axes.plot(
-                steps, [np.mean(by_step[s]) for s in steps], label=f"{label} ({len(by_step[steps[0]])})"
-            )
-            axes.fill_between(steps, low, high, alpha=0.25, color=line.get_color(), linewidth=0)
+            draw(axes, by_step, label)
             drawn |= {level: None for level in levels(script, env_id, label, side)}
         # Untrained play, and intervals of two seeds, may lie far outside what there is to see
         seen = [v for by_step in labels.values() for step, values in by_step.items() for v in values if step > 0]
@@ -115,7 +122,6 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
             above = value
         axes.set_title(f"{env_id}, {side}\n{script}", fontsize=10)
         axes.set(xlabel="environment steps", ylabel="return of one agent")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
         axes.legend(fontsize=7, title="label (seeds)", title_fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -139,8 +145,8 @@ def ablations(runs: dict) -> tuple[dict, dict]:
         script, env_id = words[0], words[words.index("--env-id") + 1]
         label = next(word for word in words if word.startswith("label=")).removeprefix("label=")
         lasts = []
-        for (_, *about), seeds in runs.items():
-            if about == [script, env_id, label]:
+        for about, seeds in runs.items():
+            if about == (ABLATIONS.stem, script, env_id, label):
                 found = [(side, last_point(points)) for rows in seeds.values() for side, points in sides(rows).items()]
                 lasts = [(side, *last) for side, last in found if last and side == found[0][0]]
         by_variant = finals.setdefault(env_id, {})
@@ -227,16 +233,75 @@ def ablations_picture(runs: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write_ablations(tables: list[Path], folder: Path) -> None:
-    table = ROOT / "benchmark/results/ablations.csv"
-    runs = read_tables(tables or [table]) if tables or table.exists() else {}
-    page = folder / "ablations.md"
+# ---- All scenarios ---------------------------------------------------------------------------------------------------
+def scenarios(runs: dict) -> dict[str, dict]:
+    """Game to side to script to (step, episodes) to the returns of one agent, a value for each seed."""
+    found = {}
+    for (table, script, env_id, label), seeds in runs.items():
+        for rows in seeds.values() if SCENARIOS.get(table) == label else ():
+            for side, points in sides(rows).items():
+                by_point = found.setdefault(env_id, {}).setdefault(side, {}).setdefault(script, {})
+                for at, (value, _) in points.items():
+                    by_point.setdefault(at, []).append(value)
+    return dict(sorted(found.items()))
+
+
+def scenarios_block(runs: dict) -> str:
+    """What stands between the markers of docs/scenarios.md: untrained networks and the ends of runs, for each side."""
+    head = ["game", "side", "script", "untrained", "trained", "95% interval", "seeds"]
+    lines = [head, ["---"] * len(head)]
+    for env_id, of_sides in scenarios(runs).items():
+        for side, scripts in of_sides.items():
+            for script, by_point in sorted(scripts.items()):
+                step, episodes = max(by_point)
+                if episodes >= FINAL_EPISODES:
+                    before, after = by_point[min(by_point)], by_point[step, episodes]
+                    low, high = interval(after)
+                    between = f"{low:.1f} to {high:.1f}" if len(after) > 1 else ""
+                    kind = Path(script).stem.removeprefix("maddpg_")
+                    cells = [env_id, side, kind, f"{np.mean(before):.1f}", f"{np.mean(after):.1f}", between]
+                    lines.append([*cells, str(len(after))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n![learning curves](scenarios.png)\n"
+
+
+def scenarios_picture(runs: dict, path: Path) -> None:
+    """Small learning curves, one plot for each game and side, a line for each script."""
+    plots = [(env_id, *of) for env_id, of_sides in scenarios(runs).items() for of in of_sides.items()]
+    columns, rows = 4, -(-len(plots) // 4)
+    size = 3 * columns, 2.3 * rows
+    figure, all_axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in all_axes.flat[len(plots) :]:
+        axes.remove()
+    for axes, (env_id, side, scripts) in zip(all_axes.flat, plots, strict=False):
+        seen = []
+        for script, by_point in sorted(scripts.items()):
+            by_step = {step: values for (step, episodes), values in by_point.items() if episodes < FINAL_EPISODES}
+            kind = Path(script).stem.removeprefix("maddpg_")
+            draw(axes, by_step, kind, color={"continuous": "C0", "discrete": "C1"}[kind])
+            seen += [value for values in by_step.values() for value in values]
+        margin = 0.05 * np.ptp(seen) + 1e-3  # intervals of two or three seeds may lie far outside what there is to see
+        axes.set_ylim(min(seen) - margin, max(seen) + margin)
+        axes.set_title(f"{env_id}, {side}", fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=6)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+# ---- The pages -------------------------------------------------------------------------------------------------------
+def write_page(name: str, runs: dict, folder: Path) -> None:
+    """docs/NAME.md, what stands between its markers, and docs/NAME.png."""
+    block, picture = {
+        "ablations": (ablations_block, ablations_picture),
+        "scenarios": (scenarios_block, scenarios_picture),
+    }[name]
+    page = folder / f"{name}.md"
     if not BLOCK.search(page.read_text()):
-        raise UsageError(f"{page} has no block that begins with <!-- begin: plot.py --ablations -->")
-    block = ablations_block(runs)
-    page.write_text(BLOCK.sub(lambda found: found[1] + block + found[2], page.read_text()))
-    if any(ablations(runs)[0].values()):
-        ablations_picture(runs, folder / "ablations.png")
+        raise UsageError(f"{page} has no block that begins with <!-- begin: plot.py --{name} -->")
+    text = block(runs)
+    page.write_text(BLOCK.sub(lambda found: found[1] + text + found[2], page.read_text()))
+    if f"({name}.png)" in text:
+        picture(runs, folder / f"{name}.png")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,14 +309,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("tables", nargs="*", type=Path, metavar="CSV")
     parser.add_argument("--labels", nargs="+", help="these labels only")
     parser.add_argument("--ablations", action="store_true", help="the page of lists/ablations.txt instead")
+    parser.add_argument("--scenarios", action="store_true", help="the page of lists/all.txt instead")
     parser.add_argument("--output", type=Path, help="where the files go; default: benchmark/results, or docs")
     options = parser.parse_args(arguments)
-    output = options.output or ROOT / ("docs" if options.ablations else "benchmark/results")
+    page = "ablations" if options.ablations else "scenarios" if options.scenarios else None
+    output = options.output or ROOT / ("docs" if page else "benchmark/results")
     try:
-        if options.ablations:
-            write_ablations(options.tables, output)
-            return 0
         runs = read_tables(options.tables)
+        if page:
+            write_page(page, runs, output)
+            return 0
         known = sorted({key[3] for key in runs})
         if unknown := sorted(set(options.labels or ()) - set(known)):
             raise UsageError(f"there is no label {', '.join(unknown)}, the labels are {', '.join(known)}")
@@ -261,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.labels:
         runs = {key: seeds for key, seeds in runs.items() if key[3] in options.labels}
     elif not options.tables:
-        runs = {key: seeds for key, seeds in runs.items() if key[0] != ABLATIONS.stem}
+        runs = {key: seeds for key, seeds in runs.items() if key[0] not in ("ablations", "all")}
     output.mkdir(parents=True, exist_ok=True)
     (output / "table.md").write_text(markdown(runs))
     pictures = {}

@@ -35,6 +35,7 @@ PAIRS = [
 # What these change is what is played or stored. All others change what a round makes of a batch.
 OUTSIDE = {"no-exploration", "epsilon-greedy", "shared-noise", "policy-warmup", "batch-per-agent"}
 OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled", "learning-rate-decay", "original-environment"}
+OUTSIDE |= {"n-step", "fading-noise", "adam-epsilon"}
 
 
 @pytest.fixture(autouse=True)
@@ -342,6 +343,43 @@ def test_learning_rate_decay(folder, monkeypatch):
             assert actor[-1] == pytest.approx(0.5 * last)
 
 
+def test_fading_noise(folder, monkeypatch):
+    """The noise on training's actions falls by the same share each step."""
+    ((plain, script),) = both("fading-noise", folder, "C")
+    for module, last in (plain, 1.0), (script, 1 / 40):
+        asked = []
+        with monkeypatch.context() as patched:
+            choose = module.choose
+            patched.setattr(module, "choose", lambda *inputs, a=asked, f=choose: a.append(inputs[1:3]) or f(*inputs))
+            played(module, exploration_noise=0.5)
+        noise = [exploration for obs, exploration in asked if len(obs) == 1]  # evaluation plays two games
+        assert noise == pytest.approx(np.linspace(0.5, 0.5 * last, 40))
+
+
+def test_adam_epsilon(folder, monkeypatch):
+    for plain, script in both("adam-epsilon", folder):
+        for module, epsilon in (plain, 1e-8), (script, 1e-4):
+            seen = set()
+            with monkeypatch.context() as patched:
+                patched.setattr(
+                    module,
+                    "update",
+                    lambda _, optimizers, *__, s=seen: s.update(o.defaults["eps"] for o in optimizers) or {},
+                )
+                played(module, train_frequency=2)
+            assert seen == {epsilon}
+
+
+def test_small_initial(folder):
+    for plain, script in both("small-initial", folder):
+        big, small = (build(module)[2] for module in (plain, script))
+        for stack in "actor", "critic":
+            for (name, was), now in zip(
+                getattr(big, stack).named_parameters(), getattr(small, stack).parameters(), strict=True
+            ):
+                torch.testing.assert_close(now, was * (0.01 if "layer_3" in name else 1))
+
+
 def rates_of(optimizers):
     return [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
 
@@ -412,6 +450,54 @@ def test_online_critic(folder):
                 for parameter in getattr(networks, changed).parameters():
                     parameter.add_(torch.randn_like(parameter))
             assert torch.equal(seeded(module.td_targets, networks, data, args), before) == alike
+
+
+def test_delayed_actors(folder):
+    """Actors and targets move in every second round, the critics in each."""
+    for plain, script in both("delayed-actors", folder):
+        for module, moving in (plain, [True] * 4), (script, [False, True] * 2):
+            args, _, networks, data = build(module)
+            rates = optimizers("", networks, args)
+            for moves in moving:
+                before = copy.deepcopy(networks)
+                module.update(networks, rates, data, args)
+                for name in "actor", "target_actor", "target_critic", "critic":
+                    pairs = zip(getattr(before, name).parameters(), getattr(networks, name).parameters(), strict=True)
+                    moved = any(not torch.equal(was, now) for was, now in pairs)
+                    assert moved == (moves or name == "critic"), name
+
+
+def test_target_noise(folder):
+    """The targets' actions are the policy's, with noise of 0.2 where that stays within the bounds."""
+    ((plain, script),) = both("target-noise", folder, "C")
+    args, games, networks, data = build(script)
+    data.next_alive[:] = 1
+    calm, noisy = (seeded(target_actions, module, networks, data, args) for module in (plain, script))
+    assert torch.equal(calm, networks.target_actor(data.next_obs))
+    for i in range(3):
+        off = (noisy - calm)[:, i, games.action_mask[i]]
+        inside = (noisy[:, i, games.action_mask[i]].abs() < 1) & (calm[:, i, games.action_mask[i]].abs() < 0.4)
+        assert off[inside].std().item() == pytest.approx(0.2, rel=0.25) and noisy.abs().max() <= 1
+
+
+def test_n_step(folder):
+    """Rewards of three steps, fewer at an episode's end; the target's bootstrap is discounted as many times."""
+    for plain, script in both("n-step", folder):
+        changes = dict(env_id="simple_spread_v3", gamma=0.5)
+        right, far = (played(module, 60, **changes)[0] for module in (plain, script))
+        rewards, ends = right.rewards, {24, 49}
+        for t in range(57):
+            last = min({t + 2, *(end for end in ends if t <= end < t + 2)})
+            for name in "obs", "actions", "alive":
+                np.testing.assert_array_equal(getattr(far, name)[t], getattr(right, name)[t], err_msg=name)
+            for name in "next_obs", "next_alive":
+                np.testing.assert_array_equal(getattr(far, name)[t], getattr(right, name)[last], err_msg=name)
+            expected = sum(0.5 ** (n - t) * rewards[n] for n in range(t, last + 1))
+            np.testing.assert_allclose(far.rewards[t], expected, rtol=1e-5)
+            np.testing.assert_allclose(0.5 * (1 - far.terminations[t]), 0.5 ** (last - t + 1), rtol=1e-6)
+        ended, later = (played(module, 60, gamma=0.5)[0] for module in (plain, script))  # agents that terminate
+        steps = [t for t in range(57) if ended.terminations[t].any()]
+        assert steps and all((later.terminations[t] >= ended.terminations[t]).all() for t in steps)
 
 
 def test_standardized_rewards(folder):
@@ -650,13 +736,52 @@ def test_the_page_names_every_variant(plot):
     assert named - {"variant", "---"} == wanted
 
 
-def test_the_page_shows_what_the_table_gives(plot):
-    table = BENCHMARK / "results/ablations.csv"
-    block = plot.ablations_block(plot.read_tables([table]) if table.exists() else {})
-    shown = plot.BLOCK.search(PAGE.read_text())
+@pytest.mark.parametrize("name", ["ablations", "scenarios"])
+def test_the_page_shows_what_the_tables_give(plot, name):
+    block = getattr(plot, f"{name}_block")(plot.read_tables([]))
+    shown = plot.BLOCK.search((PAGE.parent / f"{name}.md").read_text())
     expected = shown[1] + block + shown[2]
     said = "\n".join(difflib.unified_diff(shown[0].splitlines(), expected.splitlines(), lineterm=""))
-    assert shown[0] == expected, f"python benchmark/plot.py --ablations mends this:\n{said}"
+    assert shown[0] == expected, f"python benchmark/plot.py --{name} mends this:\n{said}"
+
+
+def test_scenarios_table_and_picture(plot, tmp_path):
+    """Made-up runs: the tables and labels that count, untrained and trained, a run that is not at its end."""
+    import tables
+
+    def write(table, label, returns, steps=(0, 50_000, 300_000)):
+        rows = [["maddpg_discrete.py", "simple_push_v3", label]] * len(returns)
+        rows = [
+            [*about, seed, step, 9.0, agent, last - 2 * (steps[-1] - step) / 100_000 + n, episodes, "abc"]
+            for seed, (about, last) in enumerate(zip(rows, returns, strict=True))
+            for step in steps
+            for episodes in ([100, 1000] if step == 300_000 else [100])
+            for n, agent in enumerate(("adversary_0", "agent_0", "agent_1"))
+        ]
+        tables.Table(tmp_path / f"{table}.csv").append(rows)
+        return tmp_path / f"{table}.csv"
+
+    paths = [
+        write("crossplay", "default", [-1.0, -2.0, -3.0]),
+        write("ablations", "default", [50.0]),
+        write("trials", "default", [60.0]),
+    ]
+    write("crossplay", "ddpg-both", [70.0])
+    block = plot.scenarios_block(plot.read_tables(paths))
+    between = 4.30265 / 3**0.5  # t(2, 0.975) * deviation / sqrt(3)
+    row = f"| -8.0 | -2.0 | {-2 - between:.1f} to {-2 + between:.1f} | 3 |"
+    assert f"| simple_push_v3 | adversary | discrete {row}\n" in block
+    row = f"| -6.5 | -0.5 | {-0.5 - between:.1f} to {-0.5 + between:.1f} | 3 |"
+    assert f"| simple_push_v3 | agent | discrete {row}\n" in block
+    assert block.count("simple_push_v3") == 2
+    other = write("all", "default", [5.0], steps=(0, 50_000))
+    assert "simple_push_v3" not in plot.scenarios_block(plot.read_tables([other]))
+
+    page = tmp_path / "scenarios.md"
+    page.write_text("before\n<!-- begin: plot.py --scenarios -->\n<!-- end -->\nafter\n")
+    assert plot.main([str(paths[0]), "--scenarios", "--output", str(tmp_path)]) == 0
+    assert page.read_text() == f"before\n<!-- begin: plot.py --scenarios -->\n{block}<!-- end -->\nafter\n"
+    assert (tmp_path / "scenarios.png").stat().st_size > 10_000
 
 
 def test_tables_and_picture(plot, tmp_path, monkeypatch):
