@@ -10,6 +10,7 @@ the policy would do; a variant that the page does not name.
 import copy
 import difflib
 import functools
+import json
 import re
 import shutil
 import subprocess
@@ -481,23 +482,25 @@ def test_target_noise(folder):
 
 
 def test_n_step(folder):
-    """Rewards of three steps, fewer at an episode's end; the target's bootstrap is discounted as many times."""
+    """Three rewards, fewer at an episode's end or the agent's own; the target's bootstrap is discounted as many times."""
+    leaving = {"scout": (2, "terminated")}, {"scout_1": (1, "terminated"), "guard": (4, "terminated")}, {}
+    games = (25, dict(env_id="simple_spread_v3")), (5, dict(env_kwargs=json.dumps({"plans": leaving})))
     for plain, script in both("n-step", folder):
-        changes = dict(env_id="simple_spread_v3", gamma=0.5)
-        right, far = (played(module, 60, **changes)[0] for module in (plain, script))
-        rewards, ends = right.rewards, {24, 49}
-        for t in range(57):
-            last = min({t + 2, *(end for end in ends if t <= end < t + 2)})
-            for name in "obs", "actions", "alive":
-                np.testing.assert_array_equal(getattr(far, name)[t], getattr(right, name)[t], err_msg=name)
-            for name in "next_obs", "next_alive":
-                np.testing.assert_array_equal(getattr(far, name)[t], getattr(right, name)[last], err_msg=name)
-            expected = sum(0.5 ** (n - t) * rewards[n] for n in range(t, last + 1))
-            np.testing.assert_allclose(far.rewards[t], expected, rtol=1e-5)
-            np.testing.assert_allclose(0.5 * (1 - far.terminations[t]), 0.5 ** (last - t + 1), rtol=1e-6)
-        ended, later = (played(module, 60, gamma=0.5)[0] for module in (plain, script))  # agents that terminate
-        steps = [t for t in range(57) if ended.terminations[t].any()]
-        assert steps and all((later.terminations[t] >= ended.terminations[t]).all() for t in steps)
+        for length, changes in games:
+            right, far = (played(module, 60, gamma=0.5, **changes)[0] for module in (plain, script))
+            for t in range(57):
+                last = min(t + 2, t - t % length + length - 1)
+                for name in "obs", "actions", "alive":
+                    np.testing.assert_array_equal(getattr(far, name)[t], getattr(right, name)[t], err_msg=name)
+                for name in "next_obs", "next_alive":
+                    np.testing.assert_array_equal(getattr(far, name)[t], getattr(right, name)[last], err_msg=name)
+                rewards, discount = 0.0, 1.0
+                for n in range(t, last + 1):
+                    rewards = rewards + discount * right.rewards[n]
+                    discount = discount * 0.5 * (1 - right.terminations[n])
+                np.testing.assert_allclose(far.rewards[t], rewards, rtol=1e-5)
+                np.testing.assert_allclose(0.5 * (1 - far.terminations[t]), discount, rtol=1e-6)
+        assert right.terminations.any()
 
 
 def test_standardized_rewards(folder):
