@@ -84,6 +84,12 @@ def draw(axes, by_step: dict[int, list[float]], label: str, **style) -> None:
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
 
 
+def limits(shown: list[float]) -> tuple[float, float]:
+    """Of an axis, by values alone: intervals of two or three seeds may lie far outside what there is to see."""
+    margin = 0.05 * np.ptp(shown) + 1e-3
+    return min(shown) - margin, max(shown) + margin
+
+
 def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
     """One picture of one game: a plot for each script and side, a line for each label."""
     plots = {}
@@ -100,25 +106,17 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
         for label, by_step in labels.items():
             draw(axes, by_step, label)
             drawn |= {level: None for level in levels(script, env_id, label, side)}
-        # Untrained play, and intervals of two seeds, may lie far outside what there is to see
+        # Untrained play too may lie far outside
         seen = [v for by_step in labels.values() for step, values in by_step.items() for v in values if step > 0]
         seen = [*(seen or [v for by_step in labels.values() for v in by_step[0]]), *(v for v, _ in drawn)]
-        margin = 0.05 * (max(seen) - min(seen)) + 1e-3
-        axes.set_ylim(min(seen) - margin, max(seen) + margin)
+        low, high = limits(seen)
+        axes.set_ylim(low, high)
         above = np.inf
         for value, whose in sorted(drawn, reverse=True):
             axes.axhline(value, color="gray", linewidth=0.8, linestyle="--")
-            side_of_line = "top" if above - value < margin else "bottom"  # two close ones must not cover each other
-            axes.text(
-                1,
-                value,
-                whose,
-                fontsize=7,
-                color="dimgray",
-                ha="right",
-                va=side_of_line,
-                transform=axes.get_yaxis_transform(),
-            )
+            place = "top" if above - value < (high - low) / 22 else "center"  # two close ones must not cover each other
+            beside = axes.get_yaxis_transform()
+            axes.text(1.02, value, whose, fontsize=7, color="dimgray", va=place, transform=beside)
             above = value
         axes.set_title(f"{env_id}, {side}\n{script}", fontsize=10)
         axes.set(xlabel="environment steps", ylabel="return of one agent")
@@ -224,8 +222,7 @@ def ablations_picture(runs: dict, path: Path) -> None:
                 axes.axvline(np.mean(shown["default"]), color="gray", linewidth=0.8, linestyle="--")
             seen = [value for returns in shown.values() for value in returns]
             if seen:
-                margin = 0.05 * np.ptp(seen) + 1e-3
-                axes.set_xlim(min(seen) - margin, max(seen) + margin)
+                axes.set_xlim(limits(seen))
             axes.set_yticks(range(len(shown)), list(shown), fontsize=8)
             axes.invert_yaxis()
             axes.set(title=f"{Path(script).stem}: {env_id}", xlabel="final return of one agent")
@@ -279,8 +276,7 @@ def scenarios_picture(runs: dict, path: Path) -> None:
             kind = Path(script).stem.removeprefix("maddpg_")
             draw(axes, by_step, kind, color={"continuous": "C0", "discrete": "C1"}[kind])
             seen += [value for values in by_step.values() for value in values]
-        margin = 0.05 * np.ptp(seen) + 1e-3  # intervals of two or three seeds may lie far outside what there is to see
-        axes.set_ylim(min(seen) - margin, max(seen) + margin)
+        axes.set_ylim(limits(seen))
         axes.set_title(f"{env_id}, {side}", fontsize=8)
         axes.tick_params(labelsize=7)
         axes.legend(fontsize=6)
