@@ -482,7 +482,7 @@ def test_target_noise(folder):
 
 
 def test_n_step(folder):
-    """Three rewards, fewer at an episode's end or the agent's own; the target's bootstrap is discounted as many times."""
+    """Rewards of three steps, fewer at an end of the game or agent; the bootstrap is discounted as many times."""
     leaving = {"scout": (2, "terminated")}, {"scout_1": (1, "terminated"), "guard": (4, "terminated")}, {}
     games = (25, dict(env_id="simple_spread_v3")), (5, dict(env_kwargs=json.dumps({"plans": leaving})))
     for plain, script in both("n-step", folder):
