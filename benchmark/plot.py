@@ -180,8 +180,9 @@ def ablations_block(runs: dict) -> str:
         )
     text = (
         f"Means of {FINAL_EPISODES:,} greedy episodes (95% interval over seeds, number of seeds), and the difference\n"
-        "to the default (95% interval), in bold where 0 lies outside.\n\n![final returns](ablations.png)\n"
+        "to the default (95% interval), in bold where 0 lies outside.\n"
     )
+    text += "\n![final returns](ablations.png)\n" * any("default" in by_variant for by_variant in finals.values())
     for env_id, by_variant in finals.items():
         if scripts := scripts_of(by_variant):
             side = next(iter(next(iter(by_variant.values())).values()))[0]
@@ -205,8 +206,8 @@ def ablations_block(runs: dict) -> str:
 
 
 def ablations_picture(runs: dict, path: Path) -> None:
-    """A plot for each game and script: each variant's mean, interval and seeds, and a line at the default."""
-    finals = {env_id: by_variant for env_id, by_variant in ablations(runs)[0].items() if by_variant}
+    """Plots of every game that has its default, one for each script: means, intervals, seeds, a line at the default."""
+    finals = {env_id: by_variant for env_id, by_variant in ablations(runs)[0].items() if "default" in by_variant}
     scripts = scripts_of(*finals.values())
     size = 5.5 * len(finals), len(scripts) * (1 + 0.22 * max(map(len, finals.values())))
     figure, all_axes = plt.subplots(len(scripts), len(finals), figsize=size, squeeze=False, layout="constrained")

@@ -812,7 +812,9 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
     table.append(rows("simple_spread_v3", "gamma-0.95", [-10.0], spread))
     table.append(rows("simple_spread_v3", "ddpg", [-10.0], spread, episodes=100))
     table.append(rows("simple_tag_v3", "random-prey-300k", [5.0], tag))
-    block = plot.ablations_block(plot.read_tables([tmp_path / "ablations.csv"]))
+    runs = plot.read_tables([tmp_path / "ablations.csv"])
+    assert "ablations.png" not in plot.ablations_block({key: runs[key] for key in runs if key[3] == "terminal"})
+    block = plot.ablations_block(runs)
     between = 4.30265 / 3**0.5  # of three values one apart: t(2, 0.975) * deviation / sqrt(3)
     assert f"| default | -10.50 ({-10.5 - between:.2f} to {-10.5 + between:.2f}, 3) |  |" in block
     deviation = (1 / 3 + 0.25 / 3) ** 0.5
@@ -823,7 +825,7 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
     assert f"| terminal | -20.00 (-21.24 to -18.76, 3) | **-9.50** ({low:+.2f} to {high:+.2f}) |" in block
     assert "| gamma-0.95 | -9.50 (1) | +1.00 |" in block
     assert "| default | 5.00 (1) |  |" in block and "### simple_tag_v3: return of one adversary" in block
-    assert "### simple_spread_v3: return of one agent" in block
+    assert "### simple_spread_v3: return of one agent" in block and "ablations.png" in block
     missing = re.findall(r"^Variants not run yet, or not to the end, in (.+)$", block, re.M)
     assert missing == ["simple_spread_v3: maddpg_discrete 1.", "simple_tag_v3: maddpg_discrete 1."]
 
