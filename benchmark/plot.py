@@ -114,8 +114,8 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
         above = np.inf
         for value, whose in sorted(drawn, reverse=True):
             axes.axhline(value, color="gray", linewidth=0.8, linestyle="--")
-            place = "top" if above - value < (high - low) / 22 else "center"  # two close ones must not cover each other
-            beside = axes.get_yaxis_transform()
+            close = above - value < 0.05 * (high - low)  # two close ones must not cover each other
+            place, beside = "top" if close else "center", axes.get_yaxis_transform()
             axes.text(1.02, value, whose, fontsize=7, color="dimgray", va=place, transform=beside)
             above = value
         axes.set_title(f"{env_id}, {side}\n{script}", fontsize=10)
