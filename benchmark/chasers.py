@@ -10,6 +10,7 @@ predator's return over the episodes, and their standard errors.
 
 import argparse
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +32,18 @@ def chase(obs: Tensor, lead: float) -> Tensor:
     return torch.stack([torch.zeros_like(x), -x, x, -y, y], -1).clamp(min=0)
 
 
-def play(name: str, lead: float, episodes: int, seed: int) -> np.ndarray:
-    """One predator's returns of the script `name`: [episodes]."""
+def chaser(name: str, lead: float) -> Callable[[Tensor], Tensor]:
+    """`chase` as an actor of the script `name`: forces are logits there, or continuous actions -1 to 1 for 0 to 1."""
+    return lambda obs: chase(obs, lead) if name == "maddpg_discrete" else chase(obs, lead) * 2 - 1
+
+
+def predators_return(name: str, actor: Callable[[Tensor], Tensor], episodes: int, seed: int) -> np.ndarray:
+    """One predator's returns where `actor` acts in place of the networks of the script `name`: [episodes]."""
     script = load_script(name)
     args = script.Args(env_id="simple_tag_v3", random_agents=("agent",), num_workers=0)
     games = script.Games(script.game_maker(args), 10)
     networks = script.Networks(games, args)
-    discrete = name == "maddpg_discrete"  # forces are logits there; continuous actions -1 to 1 are forces 0 to 1
-    networks.actor.forward = lambda obs: chase(obs, lead) if discrete else chase(obs, lead) * 2 - 1
+    networks.actor.forward = actor
     return script.evaluate(networks, games, episodes, seed, networks.random_agents)[0][:, 0]
 
 
@@ -54,7 +59,7 @@ def main(words: list[str] | None = None) -> None:
         table.writerow(["script", "lead", "episodes", "episodic_return", "standard_error"])
         for name in "maddpg_continuous", "maddpg_discrete":
             for lead in LEADS:
-                returns = play(name, lead, args.episodes, args.seed)
+                returns = predators_return(name, chaser(name, lead), args.episodes, args.seed)
                 error = sem(returns)
                 table.writerow([f"{name}.py", lead, len(returns), f"{returns.mean():.2f}", f"{error:.2f}"])
                 print(f"{name}.py, lead {lead}: {returns.mean():.1f} +- {error:.1f}")

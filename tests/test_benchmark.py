@@ -537,6 +537,50 @@ def test_scripted_chasers_touch_the_prey(monkeypatch, tmp_path):
     assert 55 < greedy_c < leading_c and 30 < greedy_d < leading_d < leading_c
 
 
+def test_the_planner_knows_the_physics(monkeypatch):
+    """Bodies close together, in contact with each other and with landmarks, faster than they may be; mpe2 is the oracle."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import planner
+    from mpe2 import simple_tag_v3
+
+    def state():
+        return [np.array([getattr(agent.state, name) for agent in world.agents]) for name in ("p_pos", "p_vel")]
+
+    rng, touched = np.random.default_rng(0), 0
+    for seed in range(50):
+        game = simple_tag_v3.raw_env()
+        game.reset(seed=seed)
+        world, landmarks = game.world, np.array([landmark.state.p_pos for landmark in game.world.landmarks])
+        for agent in world.agents:
+            agent.state.p_pos, agent.state.p_vel = rng.uniform(-0.2, 0.2, 2), rng.normal(size=2)
+        for _ in range(3):
+            position, velocity = state()
+            actions = rng.integers(0, 5, 4)
+            for agent, action in zip(world.agents, actions, strict=True):
+                game._set_action([action], agent, game.action_space(agent.name))
+            world.step()
+            np.testing.assert_allclose(planner.move(position, velocity, landmarks, actions), state(), atol=1e-12)
+            distances = np.linalg.norm(state()[0][:3] - state()[0][3], axis=-1)
+            touched += sum(world.agents[n].size + world.agents[3].size > d for n, d in enumerate(distances))
+    assert touched > 20
+
+
+def test_the_planner_plays_what_it_sees(monkeypatch, tmp_path):
+    """Towards the prey, along each axis; then a few episodes, in which greedy chasers would have 45."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import planner
+
+    obs = torch.zeros(4, 4, 16)
+    obs[..., 4:8], obs[..., 12:14] = 5, torch.tensor([[-0.5, 0], [0.5, 0], [0, -0.5], [0, 0.5]])[:, None]
+    obs[:, 1:3, 2:4] = torch.tensor([[3.0, 3], [-3, 3]])  # two predators far away
+    assert planner.Planner(500, 6, 4, seed=1)(obs)[:, 0].argmax(-1).tolist() == [1, 2, 3, 4]
+    words = ["--sequences", "100", "--horizon", "6", "--iterations", "3", "--episodes", "10", "--output", str(tmp_path)]
+    planner.main(words)
+    planner.main(words)
+    first, second = rows(tmp_path / "planner.csv")
+    assert first == second and float(first["episodic_return"]) > 45
+
+
 def test_sides_that_get_one_reward_are_one(monkeypatch):
     """Though their sums differ by a rounding and their clocks by a moment; other returns stay apart."""
     monkeypatch.syspath_prepend(str(BENCHMARK))
