@@ -538,7 +538,7 @@ def test_scripted_chasers_touch_the_prey(monkeypatch, tmp_path):
 
 
 def test_the_planner_knows_the_physics(monkeypatch):
-    """Bodies close together, in contact with each other and with landmarks, faster than they may be; mpe2 is the oracle."""
+    """Bodies in contact with each other and with landmarks, faster than they may be; mpe2 is the oracle."""
     monkeypatch.syspath_prepend(str(BENCHMARK))
     import planner
     from mpe2 import simple_tag_v3
