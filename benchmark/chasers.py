@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import sem
-from tables import ROOT, load_script
+from tables import ROOT, count, load_script
 from torch import Tensor
 
 LEADS = 0.0, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5
@@ -49,7 +49,7 @@ def predators_return(name: str, actor: Callable[[Tensor], Tensor], episodes: int
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=2_000)
+    parser.add_argument("--episodes", type=count, default=2_000)
     parser.add_argument("--seed", type=int, default=1, help="of the episodes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results", help="where the file goes")
     args = parser.parse_args(words)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from plot import interval
-from tables import ROOT, UsageError, load_script, side_of
+from tables import ROOT, UsageError, count, load_script, side_of
 
 COLUMNS = ["env_id", "side", "first", "second", "pairs", "episodes", "episodic_return", "low", "high", "runs"]
 
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(name, nargs="+", type=Path, default=[], metavar="RUN")
     for name in ("--first", "--second"):
         parser.add_argument(name, nargs="+", action="append", default=[], metavar=("NAME", "RUN"))
-    parser.add_argument("--episodes", type=int, default=1_000, help="of each pair of runs")
+    parser.add_argument("--episodes", type=count, default=1_000, help="of each pair of runs")
     parser.add_argument("--seed", type=int, default=20_000, help="of the episodes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results/crossplay_pairs.csv")
     options = parser.parse_args(arguments)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from crossplay import Player
-from tables import ROOT, UsageError, levels, read_tables, sides
+from tables import ROOT, UsageError, count, levels, read_tables, sides
 
 SOLVED = {"maddpg_continuous": -8.0, "maddpg_discrete": -9.5}
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--tables", nargs="*", type=Path, default=[], metavar="CSV", help="default: all in results")
-    parser.add_argument("--episodes", type=int, default=1_000)
+    parser.add_argument("--episodes", type=count, default=1_000)
     parser.add_argument("--seed", type=int, default=30_000, help="of the episodes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results", help="where the files go")
     options = parser.parse_args(arguments)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from chasers import predators_return
 from scipy.stats import sem
-from tables import ROOT
+from tables import ROOT, count
 from torch import Tensor
 
 COLUMNS = ["sequences", "horizon", "iterations", "episodes", "episodic_return", "standard_error"]
@@ -90,10 +90,10 @@ class Planner:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=3_000, help="drawn at a time")
-    parser.add_argument("--horizon", type=int, default=8, help="steps that they are long")
-    parser.add_argument("--iterations", type=int, default=4, help="how often they are drawn in each step of the game")
-    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--sequences", type=count, default=3_000, help="drawn at a time")
+    parser.add_argument("--horizon", type=count, default=8, help="steps that they are long")
+    parser.add_argument("--iterations", type=count, default=4, help="how often they are drawn in each step of the game")
+    parser.add_argument("--episodes", type=count, default=100)
     parser.add_argument("--seed", type=int, default=1, help="of the episodes and the planner")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results", help="where the file goes")
     args = parser.parse_args(words)

@@ -52,7 +52,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from tables import FINAL_EPISODES, FINAL_SEED, ROOT, WINDOW, Curve, Table, UsageError, load_script, result_rows
+from tables import FINAL_EPISODES, FINAL_SEED, ROOT, WINDOW, Curve, Table, UsageError, count, load_script, result_rows
 
 ATTEMPTS = 5  # how often a run may be lost before it counts as failed
 FREE = {"env_id", "env_kwargs", "total_timesteps", "num_workers", "torch_threads", "checkpoint_frequency", "compile"}
@@ -399,7 +399,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmark/runs", help="where the runs are kept")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmark/results", help="where the CSVs are")
     parser.add_argument("--address", help="a Ray cluster's, HOST:6379 or auto; all its machines must share the folders")
-    parser.add_argument("--parallel", type=int, help="runs at a time; default: the number of cores")
+    parser.add_argument("--parallel", type=count, help="runs at a time; default: the number of cores")
     parser.add_argument("--gpus", type=float, default=0, help="share of a GPU for each run, which then gets --cuda")
     parser.add_argument("--poll", type=float, default=5, help="seconds between two looks at the runs")
     options = parser.parse_args(arguments)

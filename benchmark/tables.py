@@ -1,5 +1,6 @@
 """The tables of results: what sweep.py writes, from the event files of the runs, and the other programs read."""
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -19,6 +20,13 @@ WINDOW = 25  # points of charts/episodic_return in a row of relaxed-training: of
 
 class UsageError(Exception):
     """A mistake of the user's, in one line. The commands exit with status 2."""
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, not {text}")
+    return int(text)
 
 
 def load_script(name: str, folder: Path = ROOT):

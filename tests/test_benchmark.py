@@ -8,6 +8,7 @@ repository around it, which changes nothing; a patched script's run played by th
 import csv
 import difflib
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -579,6 +580,15 @@ def test_the_planner_plays_what_it_sees(monkeypatch, tmp_path):
     planner.main(words)
     first, second = rows(tmp_path / "planner.csv")
     assert first == second and float(first["episodic_return"]) > 45
+
+
+@pytest.mark.parametrize("words", [["planner", "--sequences", "0"], ["chasers", "--episodes", "-1"]])
+def test_what_must_be_counted_begins_at_one(monkeypatch, capsys, tmp_path, words):
+    """Nothing is played, and no row written, with none of them."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(words[0]).main([*words[1:], "--output", str(tmp_path)])
+    assert f"{words[1]}: must be" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_sides_that_get_one_reward_are_one(monkeypatch):
