@@ -100,9 +100,12 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
                     if episodes < 1_000 or label.endswith("training"):
                         plots.setdefault((script, side), {}).setdefault(label, {}).setdefault(step, []).append(value)
     plots = dict(sorted(plots.items()))
-    figure, all_axes = plt.subplots(1, len(plots), figsize=(5 * len(plots), 3.6), squeeze=False, layout="constrained")
+    most = max(map(len, plots.values()))
+    size = 5 * len(plots), 3.6 + (most > 5) * 0.16 * most  # more labels than fit beside the curves stand below
+    figure, all_axes = plt.subplots(1, len(plots), figsize=size, squeeze=False, layout="constrained")
     for axes, ((script, side), labels) in zip(all_axes[0], plots.items(), strict=True):
         drawn = {}
+        axes.set_prop_cycle(color=plt.colormaps["tab10" if len(labels) <= 10 else "tab20"].colors)
         for label, by_step in labels.items():
             draw(axes, by_step, label)
             drawn |= {level: None for level in levels(script, env_id, label, side)}
@@ -120,8 +123,9 @@ def curves(name: str, env_id: str, groups: dict, path: Path) -> None:
             above = value
         axes.set_title(f"{env_id}, {side}\n{script}", fontsize=10)
         axes.set(xlabel="environment steps", ylabel="return of one agent")
-        axes.legend(fontsize=7, title="label (seeds)", title_fontsize=7)
-    figure.savefig(path, dpi=120)
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.17)) if most > 5 else {}
+        axes.legend(fontsize=7, title="label (seeds)", title_fontsize=7, **below)
+    figure.savefig(path, dpi=120, bbox_inches="tight" if most > 5 else None)
     plt.close(figure)
 
 
