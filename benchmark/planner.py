@@ -46,6 +46,14 @@ def move(position: np.ndarray, velocity: np.ndarray, landmarks: np.ndarray, acti
     return position + 0.1 * velocity, faster / np.maximum(too_fast, 1)[..., None]
 
 
+def seen(obs: np.ndarray) -> tuple:
+    """Positions and velocities [games, 4, 2] and landmarks [games, 2, 2], from `obs` [games, 4, 16]."""
+    first = obs[:, 0]
+    position = np.concatenate([obs[:, :3, 2:4], (first[:, 2:4] + first[:, 12:14])[:, None]], 1)
+    velocity = np.concatenate([obs[:, :3, :2], first[:, None, 14:16]], 1)
+    return position, velocity, first[:, None, 2:4] + first[:, 4:8].reshape(-1, 2, 2)
+
+
 class Planner:
     """Called as an actor is, with `obs` [games, 4, 16] of one step after the other: logits [games, 4, 5]."""
 
@@ -54,11 +62,7 @@ class Planner:
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, obs: Tensor) -> Tensor:
-        obs = obs.double().numpy()
-        first = obs[:, 0]
-        position = np.concatenate([obs[:, :3, 2:4], (first[:, 2:4] + first[:, 12:14])[:, None]], 1)
-        velocity = np.concatenate([obs[:, :3, :2], first[:, None, 14:16]], 1)
-        landmarks = first[:, None, 2:4] + first[:, 4:8].reshape(-1, 2, 2)
+        position, velocity, landmarks = seen(obs.double().numpy())
         none = np.full((len(obs), 3, self.horizon, 5), 0.2)
         if not velocity.any():  # the first step of the episodes
             self.chances = none

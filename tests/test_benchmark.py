@@ -582,6 +582,93 @@ def test_the_planner_plays_what_it_sees(monkeypatch, tmp_path):
     assert first == second and float(first["episodic_return"]) > 45
 
 
+def test_what_single_actions_would_bring(monkeypatch, discrete):
+    """By rollouts, with mpe2 as the oracle and a prey that does nothing; by critics, asked for every joint action."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import improvement
+    from mpe2 import simple_tag_v3
+
+    args = discrete.Args(env_id="simple_tag_v3", random_agents=("agent",), num_workers=0)
+    networks = discrete.Networks(discrete.Games(discrete.game_maker(args), 1), args).requires_grad_(False)
+    improved = improvement.Improved(networks, networks.actor.forward, 0.7, horizon=6, rollouts=2, seed=1)
+    improved.rng = SimpleNamespace(integers=lambda low, high, size: np.zeros(size, int))
+
+    def act(obs):
+        return networks.actor(torch.from_numpy(obs)).argmax(2)
+
+    def start(seed):
+        game, rng = simple_tag_v3.parallel_env(), np.random.default_rng(seed)
+        game.reset(seed=seed)
+        for agent in game.unwrapped.world.agents:
+            agent.state.p_pos, agent.state.p_vel = rng.uniform(-0.2, 0.2, 2), rng.uniform(-1, 1, 2)
+        return game
+
+    def seen(game):
+        obs = np.zeros((1, 4, 16), np.float32)
+        for i, agent in enumerate(game.possible_agents):
+            row = game.unwrapped.observe(agent)
+            obs[0, i, : len(row)] = row
+        return obs
+
+    differ = 0
+    for seed in range(8):
+        obs = seen(start(seed))
+        again = improvement.observed(*improvement.seen(obs.astype(float)))
+        np.testing.assert_allclose(again[:, :3], obs[:, :3], atol=1e-6)
+        greedy = act(obs)
+        expected = np.zeros((1, 3, 5))
+        for i in range(3):
+            for k in range(5):
+                game, value = start(seed), 0
+                actions = greedy[0].clone()
+                actions[i] = k
+                for step in range(6):
+                    actions[3] = 0
+                    moves = dict(zip(game.possible_agents, actions.tolist(), strict=True))
+                    value += 0.7**step * game.step(moves)[1]["adversary_0"]
+                    actions = act(seen(game))[0].clone()
+                expected[0, i, k] = value
+        values = improved.by_rollouts(torch.from_numpy(obs), greedy)
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+        chosen = improved(torch.from_numpy(obs)).argmax(2)
+        changed = (chosen != greedy).nonzero()
+        gains = expected - np.take_along_axis(expected, greedy[:, :3, None].numpy(), 2)
+        assert len(changed) == (gains.max() > 1e-6)
+        if len(changed):
+            i = changed[0, 1]
+            assert gains[0, i, chosen[0, i]] == pytest.approx(gains.max())
+            differ += 1
+    assert differ > 3
+
+    q_values = improved.by_critics(torch.from_numpy(obs), greedy)
+    for i in range(3):
+        for k in range(5):
+            actions = torch.eye(5)[greedy].repeat(5, 1, 1)
+            actions[:, i], actions[:, 3] = torch.eye(5)[k], torch.eye(5)
+            expected = networks.critic(torch.from_numpy(obs).repeat(5, 1, 1), actions)[:, i].mean()
+            torch.testing.assert_close(q_values[0, i, k], expected)
+
+
+def test_improvement_runs(monkeypatch, tmp_path, trained, capsys):
+    """Of networks that know nothing yet, rollouts make chasers; a run of another game gets one line."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import improvement
+
+    flags = f"{SMALL} --env-id simple_tag_v3 --random-agents agent --total-timesteps 500 --num-workers 0"
+    subprocess.run([sys.executable, ROOT / "maddpg_discrete.py", *flags.split()], cwd=tmp_path, check=True)
+    words = [str(next(tmp_path.glob("runs/*"))), "--episodes", "10", "--horizon", "8", "--rollouts", "4"]
+    words += ["--output", str(tmp_path)]
+    improvement.main(words)
+    improvement.main(words)
+    made = rows(tmp_path / "improvement.csv")
+    assert [row["values"] for row in made] == ["none", "critics", "rollouts"] * 2 and made[:3] == made[3:]
+    none, _, rollouts = (float(row["episodic_return"]) for row in made[:3])
+    assert rollouts > none + 10
+    with pytest.raises(SystemExit, match="2"):
+        improvement.main([str(trained), "--output", str(tmp_path)])
+    assert "must be a run of simple_tag_v3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["planner", "--sequences", "0"], ["chasers", "--episodes", "-1"]])
 def test_what_must_be_counted_begins_at_one(monkeypatch, capsys, tmp_path, words):
     """Nothing is played, and no row written, with none of them."""
