@@ -10,7 +10,7 @@ one predator's action changed in every step, the one that promises most, by the 
   greedy and the prey at random, the same prey for all actions
 
 Where the policy has converged to its critics and they are right, neither gains. Where rollouts gain and the critics do
-not, it is the critics that stand in the way. Both know what the predators see together, an actor its own part alone: not
+not, it is the critics that stand in the way. Both know what the predators see together, an actor its part alone: not
 all of a gain need be in its reach. Rows are appended to results/improvement.csv: the mean of one predator's return over
 the episodes, and its standard error. A run takes about two minutes.
 """
