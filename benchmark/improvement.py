@@ -16,7 +16,6 @@ the episodes, and its standard error. A run takes about two minutes.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 from planner import TOUCH, move, seen
 from scipy.stats import sem
-from tables import ROOT, count, load_script
+from tables import ROOT, append, count, load_script
 from torch import Tensor
 
 maddpg = load_script("maddpg_discrete")
@@ -128,10 +127,7 @@ def main(words: list[str] | None = None) -> None:
         except maddpg.UsageError as error:
             print(f"improvement.py: {error}", file=sys.stderr)
             sys.exit(2)
-        path = args.output / "improvement.csv"
-        begins = not path.exists()
-        with open(path, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS] * begins + lines)
+        append(args.output / "improvement.csv", COLUMNS, lines)
 
 
 if __name__ == "__main__":

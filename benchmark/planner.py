@@ -10,14 +10,13 @@ of one predator's return over the episodes, and its standard error. 100 episodes
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 from chasers import predators_return
 from scipy.stats import sem
-from tables import ROOT, count
+from tables import ROOT, append, count
 from torch import Tensor
 
 COLUMNS = ["sequences", "horizon", "iterations", "episodes", "episodic_return", "standard_error"]
@@ -106,10 +105,7 @@ def main(words: list[str] | None = None) -> None:
     returns = predators_return("maddpg_discrete", planner, args.episodes, args.seed)
     row = [args.sequences, args.horizon, args.iterations, len(returns), f"{returns.mean():.2f}", f"{sem(returns):.2f}"]
     print(*(f"{name} {value}" for name, value in zip(COLUMNS, row, strict=True)), sep=", ")
-    path = args.output / "planner.csv"
-    begins = not path.exists()
-    with open(path, "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([COLUMNS, row] if begins else [row])
+    append(args.output / "planner.csv", COLUMNS, [row])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def append(path: Path, columns: list[str], lines: list[list]) -> None:
+    """Lines at the end of a CSV, which begins with the names of its columns."""
+    begins = not path.exists()
+    with open(path, "a", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns] * begins + lines)
+
+
 def load_script(name: str, folder: Path = ROOT):
     """The module of one of the two scripts, or of its copy in another folder."""
     if folder == ROOT:
