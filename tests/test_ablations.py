@@ -468,6 +468,26 @@ def test_delayed_actors(folder):
                     assert moved == (moves or name == "critic"), name
 
 
+def test_deeper_critic(folder):
+    """Q_i by three hidden layers, of the joint input and of one with agent i's own action changed."""
+    for _, script in both("deeper-critic", folder):
+        _, games, networks, data = build(script)
+        critic, masks = networks.critic, (games.obs_mask, games.action_mask)
+        layers = critic.layer_1, critic.layer_2, critic.deeper, critic.layer_3
+        assert critic.deeper.weight.shape == critic.layer_2.weight.shape
+        change = torch.randn(2, *data.actions.shape).double() * torch.from_numpy(games.action_mask)
+        values = critic(data.obs, data.actions), *critic(data.obs, data.actions, change).split(len(data.obs))
+        for i in range(len(networks.learns)):
+            for each, q_values in zip((0 * change[0], *change), values, strict=True):
+                actions = data.actions.clone()
+                actions[:, i] += each[:, i]
+                x = torch.cat([f[:, torch.from_numpy(m)] for f, m in zip((data.obs, actions), masks, strict=True)], 1)
+                for layer in layers:
+                    x = x @ layer.weight[i] + layer.bias[i]
+                    x = x if layer is critic.layer_3 else x.relu()
+                torch.testing.assert_close(q_values[:, i], x[:, 0])
+
+
 def test_target_noise(folder):
     """The targets' actions are the policy's, with noise of 0.2 where that stays within the bounds."""
     ((plain, script),) = both("target-noise", folder, "C")
