@@ -10,9 +10,12 @@ one predator's action changed in every step, the one that promises most, by the 
   greedy and the prey at random, the same prey for all actions
 
 Where the policy has converged to its critics and they are right, neither gains. Where rollouts gain and the critics do
-not, it is the critics that stand in the way. Both know what the predators see together, an actor its part alone: not
-all of a gain need be in its reach. Rows are appended to results/improvement.csv: the mean of one predator's return over
-the episodes, and its standard error. A run takes about two minutes.
+not, it is the critics that stand in the way. Both know what the predators see together, an actor its part alone. What
+is in its reach, `--fits` says: so many times, the actors are trained on by rollouts' values in place of the critics',
+in `--steps` steps of their own play, and then play the episodes as they are, the greedy policy ("fitted actors").
+
+Rows are appended to results/improvement.csv: the mean of one predator's return over the episodes, and its standard
+error. A run takes about two minutes, and three more for each fit.
 """
 
 import argparse
@@ -91,6 +94,34 @@ class Improved:
         return torch.from_numpy(returns.reshape(shape).mean(3))
 
 
+def fit(actor, improved: Improved, games, random_agents: Tensor, steps: int, seed: int) -> None:
+    """Trains `actor`, the policy of `improved`, by rollouts' values of its actions in `steps` steps of its own play.
+
+    Every second episode is played greedily, the others by samples. The loss is that of MADDPG's actors, with the exact
+    probabilities as weights, over 20 passes.
+    """
+    met, values = [], []
+    data, _ = games.reset(seed=seed)
+    for step in range(steps // len(data["obs"])):
+        obs = torch.from_numpy(data["obs"].copy())
+        with torch.no_grad():
+            met.append(obs)
+            values.append(improved.by_rollouts(obs, actor(obs).argmax(2)))
+            actions = maddpg.choose(actor, obs, step // 25 % 2, random_agents)
+        data, *_ = games.step(actions.numpy())
+    obs, values = torch.cat(met), torch.cat(values).float()
+    advantages = values - values.mean(2, keepdim=True)
+    actor.requires_grad_(True)
+    optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3)
+    for rows in (rows for _ in range(20) for rows in torch.randperm(len(obs)).split(512)):
+        logits = actor(obs[rows])[:, :3]
+        loss = 1e-3 * (logits**2).mean() - (logits.softmax(2) * advantages[rows]).sum(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    actor.requires_grad_(False)
+
+
 def measure(run: str, args: argparse.Namespace) -> list[list]:
     saved = maddpg.load(run, "model.pt")
     trained = maddpg.Args(**saved["args"])
@@ -99,15 +130,21 @@ def measure(run: str, args: argparse.Namespace) -> list[list]:
     games = maddpg.Games(maddpg.game_maker(trained), 10)
     networks = maddpg.Networks(games, trained).requires_grad_(False)
     networks.restore(saved["networks"])
-    policy, lines = networks.actor.forward, []
+    actor, policy, lines = networks.actor, networks.actor.forward, []
     name = "{exp_name}/{env_id}/{seed}/{total_timesteps}".format(**saved["args"])
-    for values, *rolled in ("none", 0, 0), ("critics", 0, 0), ("rollouts", args.horizon, args.rollouts):
+    by_rollouts = args.horizon, args.rollouts
+    plays = [("none", 0, 0), ("critics", 0, 0), ("rollouts", *by_rollouts)]
+    plays += [(f"fitted actors, {k + 1}", *by_rollouts) for k in range(args.fits)]
+    for k, (values, *rolled) in enumerate(plays):
         improved = Improved(networks, policy, trained.gamma, *rolled, args.seed)
-        networks.actor.forward = policy if values == "none" else improved
+        actor.forward = improved if values in ("critics", "rollouts") else policy
+        if values.startswith("fitted"):
+            torch.manual_seed(args.seed + k)
+            fit(actor, improved, games, networks.random_agents, args.steps, args.seed + k)  # in other episodes
         returns = maddpg.evaluate(networks, games, args.episodes, args.seed, networks.random_agents)[0][:, 0]
         mean, error = f"{returns.mean():.2f}", f"{sem(returns):.2f}"
         lines.append([name, values, *rolled, len(returns), mean, error])
-        print(f"{name}, one action changed by {values}: {mean} +- {error}")
+        print(f"{name}, {values}: {mean} +- {error}", flush=True)
     return lines
 
 
@@ -116,6 +153,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their model.pt")
     parser.add_argument("--horizon", type=count, default=10, help="steps that a rollout goes on")
     parser.add_argument("--rollouts", type=count, default=16, help="for each action")
+    parser.add_argument("--fits", type=int, default=0, help="how often actors are trained by rollouts' values")
+    parser.add_argument("--steps", type=count, default=15_000, help="of play that a fit learns from")
     parser.add_argument("--episodes", type=count, default=200)
     parser.add_argument("--seed", type=int, default=1, help="of the episodes and the rollouts")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmark/results", help="where the file goes")
