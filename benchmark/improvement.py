@@ -11,7 +11,7 @@ one predator's action changed in every step, the one that promises most, by the 
 
 Where the policy has converged to its critics and they are right, neither gains. Where rollouts gain and the critics do
 not, it is the critics that stand in the way. Both know what the predators see together, an actor its part alone. What
-is in its reach, `--fits` says: so many times, the actors are trained on by rollouts' values in place of the critics',
+is in its reach, `--fits` tries: so many times, the actors are trained on by rollouts' values in place of the critics',
 in `--steps` steps of their own play, and then play the episodes as they are, the greedy policy ("fitted actors").
 
 Rows are appended to results/improvement.csv: the mean of one predator's return over the episodes, and its standard

@@ -651,6 +651,27 @@ def test_what_single_actions_would_bring(monkeypatch, discrete):
             torch.testing.assert_close(q_values[0, i, k], expected)
 
 
+def test_actors_are_fitted_to_what_rollouts_say(monkeypatch, discrete):
+    """Where they say that pushing towards the prey is best, that is what the actors do, in other states too."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import improvement
+    from chasers import chase
+
+    torch.manual_seed(1)
+    args = discrete.Args(env_id="simple_tag_v3", random_agents=("agent",), num_workers=0)
+    games = discrete.Games(discrete.game_maker(args), 10)
+    networks = discrete.Networks(games, args).requires_grad_(False)
+    improved = SimpleNamespace(by_rollouts=lambda obs, greedy: chase(obs, 0)[:, :3].double())
+    improvement.fit(networks.actor, improved, games, networks.random_agents, 10_000, seed=1)
+    data, _ = games.reset(seed=2)
+    for _ in range(20):
+        obs = torch.from_numpy(data["obs"])
+        data, *_ = games.step(discrete.choose(networks.actor, obs, 0.0, networks.random_agents).numpy())
+    obs = torch.from_numpy(data["obs"])
+    assert (networks.actor(obs).argmax(2) == chase(obs, 0).argmax(2))[:, :3].float().mean() > 0.75
+    assert not any(p.requires_grad for p in networks.parameters())
+
+
 def test_improvement_runs(monkeypatch, tmp_path, trained, capsys):
     """Of networks that know nothing yet, rollouts make chasers; a run of another game gets one line."""
     monkeypatch.syspath_prepend(str(BENCHMARK))
@@ -659,12 +680,13 @@ def test_improvement_runs(monkeypatch, tmp_path, trained, capsys):
     flags = f"{SMALL} --env-id simple_tag_v3 --random-agents agent --total-timesteps 500 --num-workers 0"
     subprocess.run([sys.executable, ROOT / "maddpg_discrete.py", *flags.split()], cwd=tmp_path, check=True)
     words = [str(next(tmp_path.glob("runs/*"))), "--episodes", "10", "--horizon", "8", "--rollouts", "4"]
-    words += ["--output", str(tmp_path)]
+    words += ["--fits", "1", "--steps", "200", "--output", str(tmp_path)]
     improvement.main(words)
     improvement.main(words)
     made = rows(tmp_path / "improvement.csv")
-    assert [row["values"] for row in made] == ["none", "critics", "rollouts"] * 2 and made[:3] == made[3:]
-    none, _, rollouts = (float(row["episodic_return"]) for row in made[:3])
+    names = ["none", "critics", "rollouts", "fitted actors, 1"]
+    assert [row["values"] for row in made] == names * 2 and made[:4] == made[4:]
+    none, _, rollouts, _ = (float(row["episodic_return"]) for row in made[:4])
     assert rollouts > none + 10
     with pytest.raises(SystemExit, match="2"):
         improvement.main([str(trained), "--output", str(tmp_path)])
