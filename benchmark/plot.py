@@ -237,14 +237,14 @@ def ablations_picture(runs: dict, path: Path) -> None:
 
 # ---- All scenarios ---------------------------------------------------------------------------------------------------
 def scenarios(runs: dict) -> dict[str, dict]:
-    """Game to side to script to (step, episodes) to the returns of one agent, a value for each seed."""
+    """Game to side to script to (step, episodes) to seed to the return of one agent."""
     found = {}
     for (table, script, env_id, label), seeds in runs.items():
-        for rows in seeds.values() if SCENARIOS.get(table) == label else ():
+        for seed, rows in seeds.items() if SCENARIOS.get(table) == label else ():
             for side, points in sides(rows).items():
                 by_point = found.setdefault(env_id, {}).setdefault(side, {}).setdefault(script, {})
                 for at, (value, _) in points.items():
-                    by_point.setdefault(at, []).append(value)
+                    by_point.setdefault(at, {})[seed] = value
     return dict(sorted(found.items()))
 
 
@@ -257,7 +257,8 @@ def scenarios_block(runs: dict) -> str:
             for script, by_point in sorted(scripts.items()):
                 step, episodes = max(by_point)
                 if episodes >= FINAL_EPISODES:
-                    before, after = by_point[min(by_point)], by_point[step, episodes]
+                    ended = by_point[step, episodes]  # seeds, others may be on their way
+                    before, after = [by_point[min(by_point)][seed] for seed in ended], list(ended.values())
                     low, high = interval(after)
                     between = f"{low:.1f} to {high:.1f}" if len(after) > 1 else ""
                     kind = Path(script).stem.removeprefix("maddpg_")
@@ -277,7 +278,8 @@ def scenarios_picture(runs: dict, path: Path) -> None:
     for axes, (env_id, side, scripts) in zip(all_axes.flat, plots, strict=False):
         seen = []
         for script, by_point in sorted(scripts.items()):
-            by_step = {step: values for (step, episodes), values in by_point.items() if episodes < FINAL_EPISODES}
+            curve = {step: values for (step, episodes), values in by_point.items() if episodes < FINAL_EPISODES}
+            by_step = {step: list(values.values()) for step, values in curve.items()}
             kind = Path(script).stem.removeprefix("maddpg_")
             draw(axes, by_step, kind, color={"continuous": "C0", "discrete": "C1"}[kind])
             seen += [value for values in by_step.values() for value in values]

@@ -772,11 +772,11 @@ def test_scenarios_table_and_picture(plot, tmp_path):
     """Made-up runs: the tables and labels that count, untrained and trained, a run that is not at its end."""
     import tables
 
-    def write(table, label, returns, steps=(0, 50_000, 300_000)):
+    def write(table, label, returns, steps=(0, 50_000, 300_000), first_seed=0):
         rows = [["maddpg_discrete.py", "simple_push_v3", label]] * len(returns)
         rows = [
             [*about, seed, step, 9.0, agent, last - 2 * (steps[-1] - step) / 100_000 + n, episodes, "abc"]
-            for seed, (about, last) in enumerate(zip(rows, returns, strict=True))
+            for seed, (about, last) in enumerate(zip(rows, returns, strict=True), first_seed)
             for step in steps
             for episodes in ([100, 1000] if step == 300_000 else [100])
             for n, agent in enumerate(("adversary_0", "agent_0", "agent_1"))
@@ -790,6 +790,7 @@ def test_scenarios_table_and_picture(plot, tmp_path):
         write("trials", "default", [60.0]),
     ]
     write("crossplay", "ddpg-both", [70.0])
+    write("crossplay", "default", [40.0], steps=(0, 50_000), first_seed=3)
     block = plot.scenarios_block(plot.read_tables(paths))
     between = 4.30265 / 3**0.5  # t(2, 0.975) * deviation / sqrt(3)
     row = f"| -8.0 | -2.0 | {-2 - between:.1f} to {-2 + between:.1f} | 3 |"
