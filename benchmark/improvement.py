@@ -15,7 +15,7 @@ is in its reach, `--fits` tries: so many times, the actors are trained on by rol
 in `--steps` steps of their own play, and then play the episodes as they are, the greedy policy ("fitted actors").
 
 Rows are appended to results/improvement.csv: the mean of one predator's return over the episodes, and its standard
-error. A run takes about two minutes, and three more for each fit.
+error. A run takes about two minutes, and four more for each fit.
 """
 
 import argparse
