@@ -91,8 +91,12 @@ def test_rounds_on_a_gpu_are_those_of_the_cpu(script, device, monkeypatch):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("device", [CPU, GPU])
+@inductor.patch(deterministic=True)
 def test_a_run_resumes_as_if_it_had_not_stopped(script, device, compiling, num_workers):
-    """Its weights and its steps, bit for bit, evaluations and checkpoints or none; its model plays alike on the CPU."""
+    """Its weights and its steps, bit for bit, evaluations and checkpoints or none; its model plays alike on the CPU.
+
+    Compiled without choosing kernels by their times on the GPU: each compilation may choose others, whose sums differ.
+    """
     if device == CPU and compiling:
         pytest.skip("takes a minute and adds nothing")
     flags = dict(cuda=device == "cuda", compile=compiling, num_envs=4, num_workers=num_workers)
