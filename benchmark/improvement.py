@@ -153,7 +153,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or their model.pt")
     parser.add_argument("--horizon", type=count, default=10, help="steps that a rollout goes on")
     parser.add_argument("--rollouts", type=count, default=16, help="for each action")
-    parser.add_argument("--fits", type=int, default=0, help="how often actors are trained by rollouts' values")
+    parser.add_argument("--fits", type=count, default=0, help="how often actors are trained by rollouts' values")
     parser.add_argument("--steps", type=count, default=15_000, help="of play that a fit learns from")
     parser.add_argument("--episodes", type=count, default=200)
     parser.add_argument("--seed", type=int, default=1, help="of the episodes and the rollouts")
