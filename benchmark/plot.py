@@ -10,8 +10,9 @@ Writes results/table.md: final mean returns of one agent of a side (1,000 greedy
 learning curves, means over seeds with the same intervals, with published scores (tables.py) as lines.
 
 Two lists have a page of their own, written from what is done so far: the tables between the markers, and a picture.
---ablations is for lists/ablations.txt; a difference is to the same game's and script's default, its 95% interval is
-Welch's. --scenarios is for lists/all.txt and the runs of two other lists that are the same.
+--ablations is for lists/ablations.txt; a difference is to the same game's and script's default, seed by seed, as runs
+of one seed are evaluated from the same starts, with Student's interval. --scenarios is for lists/all.txt and the runs
+of two other lists that are the same.
 """
 
 import argparse
@@ -135,7 +136,8 @@ def variant(label: str) -> str:
 
 
 def ablations(runs: dict) -> tuple[dict, dict]:
-    """Of the list, by game: variant to script to final returns of one agent, and what has none yet: script to variants.
+    """Of the list, by game: variant to script to a side and seed to final return of one agent of it; and what has none
+    yet: script to variants.
 
     A game's agent is one of its first side; all runs of a game count that have as many steps as the longest.
     """
@@ -149,13 +151,14 @@ def ablations(runs: dict) -> tuple[dict, dict]:
         lasts = []
         for about, seeds in runs.items():
             if about == (ABLATIONS.stem, script, env_id, label):
-                found = [(side, last_point(points)) for rows in seeds.values() for side, points in sides(rows).items()]
-                lasts = [(side, *last) for side, last in found if last and side == found[0][0]]
+                found = [(seed, *each) for seed, rows in seeds.items() for each in sides(rows).items()]
+                of_side = [(seed, last_point(points)) for seed, side, points in found if side == found[0][1]]
+                lasts = [(seed, *last) for seed, last in of_side if last]
         by_variant = finals.setdefault(env_id, {})
         if lasts:
             steps = max(last[1] for last in lasts)
-            returns = [last[2] for last in lasts if last[1] == steps]
-            by_variant.setdefault(variant(label), {})[script] = lasts[0][0], returns
+            returns = {seed: value for seed, step, value, _ in lasts if step == steps}
+            by_variant.setdefault(variant(label), {})[script] = found[0][1], returns
         else:
             missing.setdefault(env_id, {}).setdefault(script, []).append(variant(label))
     return finals, missing
@@ -165,13 +168,14 @@ def scripts_of(*games: dict) -> list[str]:
     return sorted({script for by_variant in games for by_script in by_variant.values() for script in by_script})
 
 
-def difference(returns: list[float], plain: list[float]) -> str:
-    """Of two means, with its interval; in bold where that leaves out 0."""
-    mean = f"{np.mean(returns) - np.mean(plain):+.2f}"
-    if min(len(returns), len(plain)) < 2 or np.ptp(returns) == np.ptp(plain) == 0:
-        return mean
-    low, high = stats.ttest_ind(returns, plain, equal_var=False).confidence_interval(0.95)
-    return f"{f'**{mean}**' if low > 0 or high < 0 else mean} ({low:+.2f} to {high:+.2f})"
+def difference(returns: dict[int, float], plain: dict[int, float]) -> str:
+    """Mean over the seeds that both have, with its interval; in bold where that leaves out 0."""
+    differences = [returns[seed] - plain[seed] for seed in returns if seed in plain]
+    if not differences:
+        return ""
+    mean, (low, high) = f"{np.mean(differences):+.2f}", interval(differences)
+    between = f" ({low:+.2f} to {high:+.2f})" if len(differences) > 1 else ""
+    return (f"**{mean}**" if low > 0 or high < 0 else mean) + between
 
 
 def ablations_block(runs: dict) -> str:
@@ -184,7 +188,7 @@ def ablations_block(runs: dict) -> str:
         )
     text = (
         f"Means of {FINAL_EPISODES:,} greedy episodes (95% interval over seeds, number of seeds), and the difference\n"
-        "to the default (95% interval), in bold where 0 lies outside.\n"
+        "to the default, seed by seed (95% interval), in bold where 0 lies outside.\n"
     )
     text += "\n![final returns](ablations.png)\n" * any("default" in by_variant for by_variant in finals.values())
     for env_id, by_variant in finals.items():
@@ -195,12 +199,12 @@ def ablations_block(runs: dict) -> str:
             for name, by_script in by_variant.items():
                 cells = [name]
                 for script in scripts:
-                    _, returns = by_script.get(script, ("", []))
-                    _, plain = by_variant.get("default", {}).get(script, ("", []))
-                    low, high = interval(returns)
-                    between = f"{low:.2f} to {high:.2f}, " if len(returns) > 1 else ""
-                    cells.append(f"{np.mean(returns):.2f} ({between}{len(returns)})" if returns else "")
-                    cells.append(difference(returns, plain) if returns and plain and name != "default" else "")
+                    _, returns = by_script.get(script, ("", {}))
+                    _, plain = by_variant.get("default", {}).get(script, ("", {}))
+                    low, high = interval(values := [*returns.values()])
+                    between = f"{low:.2f} to {high:.2f}, " if len(values) > 1 else ""
+                    cells.append(f"{np.mean(values):.2f} ({between}{len(values)})" if values else "")
+                    cells.append("" if name == "default" else difference(returns, plain))
                 lines.append(cells)
             text += f"\n### {env_id}: return of one {side}\n\n"
             text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -217,7 +221,7 @@ def ablations_picture(runs: dict, path: Path) -> None:
     figure, all_axes = plt.subplots(len(scripts), len(finals), figsize=size, squeeze=False, layout="constrained")
     for axes_of_script, script in zip(all_axes, scripts, strict=True):
         for axes, (env_id, by_variant) in zip(axes_of_script, finals.items(), strict=True):
-            shown = {name: by_script[script][1] for name, by_script in by_variant.items() if script in by_script}
+            shown = {name: [*by[script][1].values()] for name, by in by_variant.items() if script in by}
             for y, returns in enumerate(shown.values()):
                 mean, (low, high) = np.mean(returns), interval(returns)
                 axes.plot(mean, y, "o", color="C0")
