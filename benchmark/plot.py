@@ -168,14 +168,24 @@ def scripts_of(*games: dict) -> list[str]:
     return sorted({script for by_variant in games for by_script in by_variant.values() for script in by_script})
 
 
-def difference(returns: dict[int, float], plain: dict[int, float]) -> str:
-    """Mean over the seeds that both have, with its interval; in bold where that leaves out 0."""
-    differences = [returns[seed] - plain[seed] for seed in returns if seed in plain]
-    if not differences:
+def differences(returns: dict[int, float], plain: dict[int, float]) -> list[float]:
+    """One for each seed that both have."""
+    return [returns[seed] - plain[seed] for seed in returns if seed in plain]
+
+
+def is_told(values: list[float]) -> bool:
+    """Whether their mean's interval leaves out 0."""
+    low, high = interval(values)
+    return low > 0 or high < 0
+
+
+def difference(values: list[float]) -> str:
+    """Their mean with its interval; in bold where that leaves out 0."""
+    if not values:
         return ""
-    mean, (low, high) = f"{np.mean(differences):+.2f}", interval(differences)
-    between = f" ({low:+.2f} to {high:+.2f})" if len(differences) > 1 else ""
-    return (f"**{mean}**" if low > 0 or high < 0 else mean) + between
+    mean, (low, high) = f"{np.mean(values):+.2f}", interval(values)
+    between = f" ({low:+.2f} to {high:+.2f})" if len(values) > 1 else ""
+    return (f"**{mean}**" if is_told(values) else mean) + between
 
 
 def ablations_block(runs: dict) -> str:
@@ -190,7 +200,12 @@ def ablations_block(runs: dict) -> str:
         f"Means of {FINAL_EPISODES:,} greedy episodes (95% interval over seeds, number of seeds), and the difference\n"
         "to the default, seed by seed (95% interval), in bold where 0 lies outside.\n"
     )
-    text += "\n![final returns](ablations.png)\n" * any("default" in by_variant for by_variant in finals.values())
+    if any("default" in by_variant for by_variant in finals.values()):
+        text += (
+            "In the picture a large dot is such a difference, filled where 0 lies outside its interval, small dots\n"
+            "are the seeds'; its axes are linear from -1 to 1, beyond that logarithmic.\n\n"
+            "![differences](ablations.png)\n"
+        )
     for env_id, by_variant in finals.items():
         if scripts := scripts_of(by_variant):
             side = next(iter(next(iter(by_variant.values())).values()))[0]
@@ -204,7 +219,7 @@ def ablations_block(runs: dict) -> str:
                     low, high = interval(values := [*returns.values()])
                     between = f"{low:.2f} to {high:.2f}, " if len(values) > 1 else ""
                     cells.append(f"{np.mean(values):.2f} ({between}{len(values)})" if values else "")
-                    cells.append("" if name == "default" else difference(returns, plain))
+                    cells.append("" if name == "default" else difference(differences(returns, plain)))
                 lines.append(cells)
             text += f"\n### {env_id}: return of one {side}\n\n"
             text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -214,27 +229,30 @@ def ablations_block(runs: dict) -> str:
 
 
 def ablations_picture(runs: dict, path: Path) -> None:
-    """Plots of every game that has its default, one for each script: means, intervals, seeds, a line at the default."""
+    """Plots of every game that has its default, one for each script: the tables' differences, each seed's a small dot,
+    their mean a large one, filled where its interval leaves out 0."""
     finals = {env_id: by_variant for env_id, by_variant in ablations(runs)[0].items() if "default" in by_variant}
     scripts = scripts_of(*finals.values())
     size = 5.5 * len(finals), len(scripts) * (1 + 0.22 * max(map(len, finals.values())))
     figure, all_axes = plt.subplots(len(scripts), len(finals), figsize=size, squeeze=False, layout="constrained")
     for axes_of_script, script in zip(all_axes, scripts, strict=True):
         for axes, (env_id, by_variant) in zip(axes_of_script, finals.items(), strict=True):
-            shown = {name: [*by[script][1].values()] for name, by in by_variant.items() if script in by}
-            for y, returns in enumerate(shown.values()):
-                mean, (low, high) = np.mean(returns), interval(returns)
-                axes.plot(mean, y, "o", color="C0")
-                axes.hlines(y, low, high, color="C0")
-                axes.plot(returns, [y] * len(returns), ".", color="black", markersize=3)
-            if "default" in shown:
-                axes.axvline(np.mean(shown["default"]), color="gray", linewidth=0.8, linestyle="--")
-            seen = [value for returns in shown.values() for value in returns]
-            if seen:
-                axes.set_xlim(limits(seen))
+            axes.set(title=f"{Path(script).stem}: {env_id}", xlabel="final return of one agent less the default's")
+            _, plain = by_variant["default"].get(script, ("", {}))
+            variants = {name: differences(by[script][1], plain) for name, by in by_variant.items() if script in by}
+            shown = {name: values for name, values in variants.items() if name != "default" and values}
+            for y, values in enumerate(shown.values()):
+                axes.hlines(y, *interval(values), color="C0")
+                axes.plot(np.mean(values), y, "o", color="C0", markerfacecolor="C0" if is_told(values) else "white")
+                axes.plot(values, [y] * len(values), ".", color="black", markersize=3)
+            axes.axvline(0, color="gray", linewidth=0.8, linestyle="--")
+            seen = [-1, 1, *sum(shown.values(), [])]
+            axes.set_xscale("symlog", linthresh=1)  # from -1 to 1 linear: most differences are small, a few huge
+            axes.set_xticks(ticks := [-100, -30, -10, -3, -1, -0.5, 0, 0.5, 1, 3, 10], [f"{tick:g}" for tick in ticks])
+            axes.grid(axis="x", alpha=0.3)
+            axes.set_xlim(1.5 * min(seen), 1.5 * max(seen))  # an interval may be wider
             axes.set_yticks(range(len(shown)), list(shown), fontsize=8)
             axes.invert_yaxis()
-            axes.set(title=f"{Path(script).stem}: {env_id}", xlabel="final return of one agent")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

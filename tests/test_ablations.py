@@ -847,6 +847,17 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
     missing = re.findall(r"^Variants not run yet, or not to the end, in (.+)$", block, re.M)
     assert missing == ["simple_spread_v3: maddpg_discrete 1.", "simple_tag_v3: maddpg_discrete 1."]
 
+    figures = []
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    plot.ablations_picture(runs, tmp_path / "ablations.png")
+    of_spread, of_tag = figures[0].axes
+    assert [label.get_text() for label in of_spread.get_yticklabels()] == ["terminal", "gamma-0.95"]
+    means = [line for line in of_spread.lines if line.get_marker() == "o"]
+    assert [[*line.get_xdata()] for line in means] == [[-9.5], [0]]
+    assert [line.get_markerfacecolor() for line in means] == ["C0", "white"]  # filled: 0 lies outside the interval
+    assert [[*line.get_xdata()] for line in of_spread.lines if line.get_marker() == "."] == [[-9, -9.5, -10], [0]]
+    assert not of_tag.get_yticklabels()
+
     page = tmp_path / "ablations.md"
     page.write_text("before\n<!-- begin: plot.py --ablations -->\nold\n<!-- end -->\nafter\n")
     for _ in range(2):
