@@ -36,7 +36,7 @@ PAIRS = [
 # What these change is what is played or stored. All others change what a round makes of a batch.
 OUTSIDE = {"no-exploration", "epsilon-greedy", "shared-noise", "policy-warmup", "batch-per-agent"}
 OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled", "learning-rate-decay", "original-environment"}
-OUTSIDE |= {"n-step", "fading-noise", "adam-epsilon"}
+OUTSIDE |= {"n-step", "fading-noise", "adam-epsilon", "small-warmup"}
 
 
 @pytest.fixture(autouse=True)
@@ -326,6 +326,15 @@ def test_policy_warmup(folder, monkeypatch):
                 played(module)
             training = [who for games, who in asked if games == 1]  # evaluation plays two games
             assert len(training) == 40 and sum(who is not None for who in training) == random_steps
+
+
+def test_small_warmup(folder):
+    """Random actions reach a fifth of the range in the warm-up; a random agent's all of it from then on."""
+    ((plain, script),) = both("small-warmup", folder, "C")
+    for module, largest in (plain, 1.0), (script, 0.2):
+        rows, _ = played(module, random_agents=("scout",))
+        sizes = np.abs(rows.actions)
+        assert 0.8 * largest < sizes[:10].max() <= largest and sizes[10:].max() > 0.8
 
 
 def test_learning_rate_decay(folder, monkeypatch):
