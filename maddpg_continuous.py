@@ -18,7 +18,7 @@ All agents learn as one stack: a parameter has a leading agent dimension, and on
 Observations and actions are padded to the widest agent; masks keep the padding out of every result. Shapes:
 
     obs, next_obs      [batch, n_agents, obs_dim]
-    actions            [batch, n_agents, action_dim]  in [-1, 1] or one-hot; `Games` turns them into the agents' own
+    actions            [batch, n_agents, action_dim]  in [-1, 1] or one-hot (--relaxed: soft), mapped by `Games`
     rewards            [batch, n_agents]
     terminations       [batch, n_agents]              1 where the agent's own end cuts the bootstrap, never a time limit
     alive, next_alive  [batch, n_agents]              1 where the agent acts; 1 where it is still there afterwards
@@ -84,8 +84,8 @@ class Args:
     env_kwargs: str = "{}"
     """keyword arguments of the environment, as JSON: '{"max_cycles": 50}'"""
     total_timesteps: int = 100_000
-    """environment steps, over all games; in one step every agent acts once. The default is a first look
-    of minutes (original code: 1.5 million)"""
+    """environment steps, over all games, up to a multiple of num_envs; in one step every agent acts once. The default
+    is a first look of minutes (original code: 1.5 million)"""
     seed: int = 1
     """seed of networks, noise, batches and games"""
     exp_name: str = Path(__file__).stem
@@ -121,7 +121,7 @@ class Args:
     """largest gradient norm of an agent's network, 0 for no clipping (original code: 0.5 for each variable)"""
 
     num_envs: int = 25
-    """games played side by side. With workers, as many as train_frequency let them all play while a round is learned"""
+    """games played side by side. With workers, train_frequency of them all play while a round is learned"""
     num_workers: int | None = None
     """processes that play them, a divisor of num_envs or 0 for none; results do not depend on it. Default: by cores, at
     least 4 games each, one alone from 20 games on. As one thread learns, further cores serve further seeds better"""
@@ -174,7 +174,7 @@ class Args:
             ) from error
         if self.num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            least = {0: 0, 1: 20}  # games from which so many workers pay beside the learner; others: 4 each
+            least = {0: 0, 1: 20}  # fewest games for so many workers; for others 4 each
             fitting = (w for w in range(cores + 1 if cores > 1 else 1) if self.num_envs >= least.get(w, 4 * w))
             self.num_workers = max(w for w in fitting if self.num_envs % max(w, 1) == 0)
         if self.num_workers and self.num_envs % self.num_workers:
@@ -221,7 +221,8 @@ def make_game(
     else:
         sys.path.append(os.getcwd())
         try:
-            make = getattr(importlib.import_module(env_id.strip(".") or "?"), "parallel_env", None)
+            name = env_id.strip(".") or "?"  # no relative or empty one
+            make = getattr(importlib.import_module(name), "parallel_env", None)
             if not make:
                 raise ImportError("the module has no parallel_env")
         except ImportError as error:  # any other error of a user's module is shown with its traceback
@@ -241,7 +242,8 @@ def make_game(
     except Exception as error:
         if not env_kwargs and not render_mode:
             raise
-        raise UsageError(f"{env_id} with --env-kwargs {json.dumps(defaults | env_kwargs)}: {error}") from error
+        flag, kwargs = "--env-kwargs " * bool(env_kwargs), json.dumps(defaults | env_kwargs)
+        raise UsageError(f"{env_id} with {flag}{kwargs}: {error}") from error
     if env_id in scenarios:
         # raw_env gives the transitions of `parallel_env`, without wrappers around every agent's turn. Each turn calls
         # `last` for an observation that nobody reads, so it makes none.
@@ -273,8 +275,8 @@ class Games(gym.Env):
     Raises `UsageError` for spaces that the networks cannot use.
     """
 
-    def __init__(self, make_game: Callable[[], pettingzoo.ParallelEnv], num_games: int, first_game: int = 0):
-        self.games, self.first_game = [make_game() for _ in range(num_games)], first_game
+    def __init__(self, make: Callable[[], pettingzoo.ParallelEnv], num_games: int, first_game: int = 0):
+        self.games, self.first_game = [make() for _ in range(num_games)], first_game
         self.metadata = getattr(self.games[0], "metadata", {})
         self.agents = list(self.games[0].possible_agents)
         self.obs_spaces = [self.games[0].observation_space(agent) for agent in self.agents]
@@ -302,7 +304,7 @@ class Games(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
         """Begins episode 0 of every game, or replays episodes in progress, `options["histories"]` of all workers'."""
         super().reset(seed=seed)
-        self.seed, self.histories = int(self.np_random.integers(2**31)), [[-1] for _ in self.games]
+        self.seed, self.histories = int(self.np_random.integers(2**31)), [[] for _ in self.games]
         data = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
         self.alive = data["alive"]
         for g in range(len(self.games)):
@@ -364,12 +366,12 @@ class Games(gym.Env):
                 row[: len(flat)] = flat
 
 
-def check_finite(data: dict[str, np.ndarray], agents: Sequence[str], step: int) -> None:
+def check_finite(data: dict[str, np.ndarray], agents: Sequence[str], when: str) -> None:
     """Raises `UsageError` for a NaN or infinity in what `Games` gave. Losses, weights: `log`, `check_networks`."""
     for name in ("rewards", "next_obs", "obs"):
         if not np.isfinite(data[name]).all():
             agent = agents[np.argwhere(~np.isfinite(data[name]))[0][1]]
-            raise UsageError(f"the game gave {agent} {name} that are not finite, after step {step}")
+            raise UsageError(f"the game gave {agent} {name} that are not finite, after {when}")
 
 
 def pad_mask(widths: Sequence[int]) -> np.ndarray:
@@ -490,7 +492,7 @@ def choose(actor: Actor, obs: Tensor, exploration: float, random_agents: Tensor 
     """Every agent's action, with noise of its own for each game and dimension: [batch, n_agents, action_dim].
 
     Exploration 0 is without noise, greedy. Discrete: any other samples the policy, which is how it explores. Agents for
-    which `random_agents` [n_agents] is true act uniformly at random instead.
+    which `random_agents` [n_agents] is true act uniformly at random instead (with --relaxed: the softmax of noise).
     """
     actions = actor(obs)
     if exploration > 0:  # within -1 and 1, padding within 0 and 0
@@ -645,11 +647,11 @@ def evaluate(
     with torch.random.fork_rng([device] * networks.learns.is_cuda):
         torch.manual_seed(seed)
         data, _ = games.reset(seed=seed)
-        check_finite(data, games.agents, 0)
+        check_finite(data, games.agents, "evaluation's reset")
         while min(map(len, returns)) * n_games < episodes:
             actions = choose(networks.actor, torch.from_numpy(data["obs"]).to(device), 0.0, random_agents)
             data = games.step(actions.cpu().numpy())[0]
-            check_finite(data, games.agents, steps)
+            check_finite(data, games.agents, f"evaluation's step {steps}")
             running += data["rewards"]
             steps += n_games
             for g in data["done"].nonzero()[0]:
@@ -672,8 +674,10 @@ def save_film(networks: Networks, make: Callable[..., pettingzoo.ParallelEnv], p
 
     def filmed_step(actions: dict[str, Any]) -> tuple:
         result, (episode, *played) = step(actions), games.histories[0]
+        if not played:
+            returns.clear()
         for agent, reward in result[1].items():
-            returns[agent] = reward + (returns[agent] if played else 0)
+            returns[agent] = returns.get(agent, 0) + reward
         picture = ImageOps.contain(Image.fromarray(games.games[0].render()), (350, 350))
         picture = ImageOps.expand(picture, (0, 16, 0, 0), "white")
         sides = " ".join(f"{side} {value}" for side, value in by_side(list(returns), list(returns.values())).items())
@@ -742,7 +746,11 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
     }  # the workers inherit this
     try:
         shares = [functools.partial(Games, make, share, w * share) for w in range(args.num_workers)]
-        envs = gym.vector.AsyncVectorEnv(shares) if shares else Games(make, share)
+        if shares:
+            envs = object.__new__(gym.vector.AsyncVectorEnv)
+            envs.__init__(shares)  # apart, so that workers are known, and killed below, where this fails
+        else:
+            envs = Games(make, share)
         for number in handlers:
             # The first signal ends training after the step or evaluation in progress, the second ends it at once
             signal.signal(number, lambda n, _: sys.exit(128 + n) if stops else stops.append(n))
@@ -826,7 +834,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
 
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
         run = Path(args.resume or Path("runs") / name)
-        run = run.parent if run.is_file() else run
+        run = run.parent if saved and not run.is_dir() else run  # a checkpoint's path was given
         try:
             while not saved:
                 try:
@@ -913,7 +921,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
             random_play = evaluate(networks, eval_games, args.eval_episodes, eval_seed, everyone)[0].mean(0)
             untrained, eval_steps = evaluate_and_log()
             trained, evaluated_at, eval_frequency = untrained, 0, args.eval_frequency or 20 * eval_steps
-        check_finite(data, agents, global_step)
+        check_finite(data, agents, f"step {global_step}")
         start = time.time() - seconds
 
         while global_step < last_step and not stops:
@@ -935,7 +943,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
 
             # Store what the step has led to: the final observation, not the next episode's first
             after = join(envs.step_wait() if args.num_workers else envs.step(actions))
-            check_finite(after, agents, global_step)
+            check_finite(after, agents, f"step {global_step}")
             results = after["rewards"], after["terminations"], data["alive"], after["next_alive"]
             rb.add(data["obs"], after["next_obs"], actions, *results)
             data = after
@@ -968,9 +976,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         bar.update(global_step - bar.n)
         if not stops and evaluated_at != global_step:
             trained, evaluated_at = evaluate_and_log()[0], global_step
-        check_networks()
-        if args.checkpoint_frequency:
-            checkpoint()
+        checkpoint() if args.checkpoint_frequency else check_networks()
         writer.close()
     save({**about, "networks": networks.state_dict()}, run / "model.pt")
     if stops:
@@ -998,10 +1004,11 @@ def play(args: Args) -> np.ndarray:
     returns, _ = evaluate(networks, games, args.eval_episodes, eval_seed, networks.random_agents)
     print(f"mean greedy return +- 1.96 standard errors, {len(returns)} episodes")
     for agent, values in zip(games.agents, returns.T, strict=True):
-        print(f"{agent:34}{values.mean():13.2f} +- {1.96 * values.std() / len(values) ** 0.5:.2f}")
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+        print(f"{agent:34}{values.mean():13.2f} +- {1.96 * error:.2f}")
     if args.capture_video:
         run = Path(args.evaluate)
-        save_film(networks, make, (run.parent if run.is_file() else run) / "evaluation.gif", eval_seed)
+        save_film(networks, make, (run if run.is_dir() else run.parent) / "evaluation.gif", eval_seed)
     return returns
 
 

@@ -309,6 +309,15 @@ def test_gumbel_samples_are_the_softmax_s(discrete):
                 )
 
 
+def test_relaxed_play_has_the_temperature_of_training(discrete):
+    """The greedy action of --relaxed is softmax(logits / temperature), what training's is without noise."""
+    args = make_args(discrete, env_id="simple_v3", relaxed=True, gumbel_temperature=0.1)
+    networks = discrete.Networks(make_games(discrete, "simple_v3", relaxed=True), args)
+    obs = torch.randn(50, 1, 4)
+    expected = (networks.actor(obs) / 0.1).softmax(2)
+    torch.testing.assert_close(discrete.choose(networks.actor, obs, 0.0, None), expected)
+
+
 def test_soft_samples(discrete, uniform):
     """softmax((logits + g) / temperature) of each choice, padding aside, with its gradient; one-hot at its largest."""
     games, actor = gumbel_actor(discrete)

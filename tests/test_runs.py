@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCENARIOS, is_discrete, make_args, make_games, stored
-from games import Game
+from games import Game, mixed
 from gymnasium import spaces
 from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -396,6 +396,35 @@ def test_the_saved_model_is_the_trained_one(script):
     obs = torch.randn(50, 3, 18)
     assert torch.equal(script.choose(networks.actor, obs, 0.0, None), script.choose(other.actor, obs, 0.0, None))
     assert saved["args"]["env_id"] == "simple_spread_v3"
+
+
+def test_film_of_a_game_that_an_agent_joins(script, tmp_path, monkeypatch):
+    """The label's return of an agent that comes in an episode's second step is of that episode alone."""
+    game = mixed(is_discrete(script), plans=({},), length=3)
+    reset, step, labels = game.reset, game.step, []
+
+    def late_reset(**kwargs):
+        observations, infos = reset(**kwargs)
+        game.agents = ["scout", "scout_1"]
+        return observations, infos
+
+    def joined_step(actions):
+        results = step(actions)
+        if game.steps == 1:
+            results[0].update(game.observe(game.agents + ["guard"]))
+            game.agents.append("guard")
+        return results
+
+    game.reset, game.step, game.render = late_reset, joined_step, lambda: np.zeros((20, 20, 3), np.uint8)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, label, *_: labels.append(label))
+    networks = script.Networks(script.Games(lambda: game, 1), make_args(script))
+    game.history.clear()
+    script.save_film(networks, lambda **_: game, tmp_path / "film.gif", 1)
+    assert len(labels) == 15
+    paid = [entry[3]["guard"] for entry in game.history if entry[0] == "step" and "guard" in entry[3]]
+    sums = [f"{sum(paid[n : n + 2]):.1f}" for n in range(0, 10, 2)]
+    assert [label.split("guard ")[-1] for label in labels[2::3]] == sums
+    assert not any("guard" in label for label in labels[::3])
 
 
 def test_film_shows_every_step_to_the_last(script, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_args
+from conftest import ROOT, is_discrete, make_args
 
 SURVIVE = Path(__file__).parent.parent / "benchmark" / "survive.py"
 FEW = [  # the twins share what plays and saves, so that each case is tried in one of them at least
@@ -119,6 +119,30 @@ def test_resume_as_a_command(script, monkeypatch):
     result = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     assert script.load(str(run), "checkpoint.pt")["added"] == 400
+
+
+def test_resume_from_a_checkpoint_s_path(script):
+    """Also after a kill between the two renames, when that very file is not there: the run goes on in its folder."""
+    run = script.main(make_args(script, env_id="simple_v3"))[2]
+    checkpoint = run / "checkpoint.pt"
+    checkpoint.rename(run / "checkpoint_previous.pt")
+    args = make_args(script, env_id="simple_v3", total_timesteps=400, resume=str(checkpoint))
+    assert script.main(args)[2] == run
+    assert script.load(str(checkpoint), "checkpoint.pt")["added"] == 400
+
+
+def test_a_worker_that_dies_at_its_start(script, working_folder):
+    """One of two workers ends while its games are made: one line, status 2, and the other is not waited for."""
+    (working_folder / "dies.py").write_text(
+        "import multiprocessing, os\nfrom mpe2 import simple_v3\n\n\ndef parallel_env():\n"
+        "    if multiprocessing.current_process().name.endswith('-1'):\n        os._exit(9)\n"
+        f"    return simple_v3.parallel_env(continuous_actions={not is_discrete(script)})\n"
+    )
+    line = [sys.executable, str(ROOT / f"{script.__name__}.py"), "--env-id", "dies", "--num-workers", "2"]
+    result = subprocess.run([*line, "--num-envs", "4"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (told,) = [line for line in result.stderr.splitlines() if line.startswith(script.__name__)]
+    assert "a worker died" in told and "9" in told
 
 
 ENDLESS = """
