@@ -44,10 +44,12 @@ class Player:
             kind = torch.load(found[-1], weights_only=True)["kind"].split()[0]
             self.script = load_script(kind)
             saved = self.script.load(str(found[-1].parent), "model.pt")
+            self.args = self.script.Args(**saved["args"] | {"cuda": False})
         except Exception as error:
             raise UsageError(f"{found[-1]}: {error}".splitlines()[0]) from error
-        self.folder, self.args = found[-1].parent, self.script.Args(**saved["args"] | {"cuda": False})
-        self.agents, self.game = saved["agents"], (kind, self.args.env_id, json.loads(self.args.env_kwargs))
+        self.folder, self.agents = found[-1].parent, saved["agents"]
+        soft = saved["args"].get("relaxed") and self.args.gumbel_temperature
+        self.game = kind, self.args.env_id, json.loads(self.args.env_kwargs), soft
         self.games = self.script.Games(self.script.game_maker(self.args), 10)
         self.networks = self.script.Networks(self.games, self.args)
         try:
@@ -62,7 +64,7 @@ def join(first: Player, second: Player):
     import torch
 
     if first.game != second.game or first.args.hidden_dim != second.args.hidden_dim:
-        raise UsageError(f"{first.folder} and {second.folder} differ in script, game or network size")
+        raise UsageError(f"{first.folder} and {second.folder} differ in script, game, network size or --relaxed")
     if len(first.sides) != 2:
         raise UsageError(f"{first.args.env_id} has the sides {', '.join(first.sides)}, cross-play needs two")
     networks = first.script.Networks(first.games, first.args)
@@ -112,6 +114,9 @@ def main(arguments: list[str] | None = None) -> int:
         import torch
 
         torch.set_num_threads(1)
+        for names in ([name for name, *_ in side] for side in (options.first, options.second)):
+            if len(set(names)) < len(names):
+                raise UsageError(f"a name stands for all runs of its side, give each once: {', '.join(names)}")
         first = {name: list(map(Path, runs)) for name, *runs in options.first} or groups
         second = {name: list(map(Path, runs)) for name, *runs in options.second} or groups
         if not all([*first.values(), *second.values()]) or not first or not second:

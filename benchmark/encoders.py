@@ -54,7 +54,7 @@ class SeparateCritic(maddpg.Critic):
 
     def __init__(self, obs_mask: Tensor, action_mask: Tensor, hidden_dim: int, central: Tensor):
         super().__init__(obs_mask, action_mask, hidden_dim, central)
-        n_agents, self.obs_dim = obs_mask.shape
+        n_agents = len(obs_mask)
         del self.layer_1
         self.obs_layer = maddpg.StackedLinear(torch.ones(n_agents, obs_mask.numel()), hidden_dim // 2)
         self.action_layer = maddpg.StackedLinear(torch.ones(n_agents, action_mask.numel()), hidden_dim // 2)
@@ -66,7 +66,7 @@ class SeparateCritic(maddpg.Critic):
         from_actions = self.action_layer(actions.flatten(1).expand(n_agents, -1, -1))
         if change is not None:
             weight = self.action_layer.weight[self.agent, self.own_actions]
-            by_columns = change[:, :, self.obs_dim :].permute(1, 2, 0)
+            by_columns = change[:, :, -weight.shape[1] :].permute(1, 2, 0)  # of actions alone
             from_actions = torch.baddbmm(from_actions.mT, weight.mT, by_columns).mT
         x = torch.cat([from_obs.mT, from_actions.mT], 1).relu_().mT
         return self.layer_3(self.layer_2(x, relu=True))[:, :, 0].T

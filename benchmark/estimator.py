@@ -143,7 +143,11 @@ def main(args: Args) -> None:
     if args.quick:
         args.states, args.samples = 50, REPEATS
     for run in args.runs:
-        lines = measure(run, args)
+        try:
+            lines = measure(run, args)
+        except maddpg.UsageError as error:
+            print(f"estimator.py: {error}", file=sys.stderr)
+            sys.exit(2)
         if not args.quick:
             first = not args.output.exists()
             with open(args.output, "a", newline="") as file:

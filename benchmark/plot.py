@@ -321,7 +321,7 @@ def write_page(name: str, runs: dict, folder: Path) -> None:
         "scenarios": (scenarios_block, scenarios_picture),
     }[name]
     page = folder / f"{name}.md"
-    if not BLOCK.search(page.read_text()):
+    if not page.exists() or not BLOCK.search(page.read_text()):
         raise UsageError(f"{page} has no block that begins with <!-- begin: plot.py --{name} -->")
     text = block(runs)
     page.write_text(BLOCK.sub(lambda found: found[1] + text + found[2], page.read_text()))

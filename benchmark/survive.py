@@ -852,6 +852,11 @@ def main(args):
     """Runs the parts, prints and writes the table; true where every case passed."""
     torch.set_num_threads(1)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge after a resume
+    known = {"parts": PARTS, "modes": MODES, "scripts": SCRIPTS}
+    for name, all_of_them in known.items():
+        if unknown := [value for value in getattr(args, name) if value not in all_of_them]:
+            print(f"survive.py: --{name} {unknown[0]!r} is none of {', '.join(all_of_them)}", file=sys.stderr)
+            sys.exit(2)
     version, rows = commit(), []
     folder = Path(tempfile.mkdtemp(prefix="survive"))  # no TemporaryDirectory, which the forked runs would delete
     for script in SCRIPTS:  # copied, so that they may be edited meanwhile

@@ -21,7 +21,8 @@ needs git, and a label that does not begin with `default`.
 Every run is a process of its own, with one thread, in a folder of its own under --folder, named after script, game,
 seed and a hash of flags and patch, so that lists share runs. A run whose process or Ray worker is lost is begun again
 from its last checkpoint; so is everything that was interrupted, when the command is given again. A run is done when
-final.json lies in its folder or the CSV has its last rows; delete both to make it again. The columns of the CSV:
+final.json lies in its folder or the CSV has its last rows; delete both to make it again, or give a line whose flags
+or patch you change another label. The columns of the CSV:
 
     script,env_id,label,seed,global_step,wall_clock_s,agent,episodic_return,episodes,commit
 
@@ -109,10 +110,12 @@ def parse_line(words: list[str], folder: Path, table: Table) -> list[Run]:
         raise UsageError(f"there is no script {script} in {ROOT}")
     settings = dict(word.split("=", 1) for word in words if re.match(r"(seeds|label|patch)=", word))
     flags = [word for word in words if not re.match(r"(seeds|label|patch)=", word)]
-    if "seeds" not in settings or not re.fullmatch(r"(\d+(-\d+)?,?)+", settings["seeds"]):
+    if "seeds" not in settings or not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", settings["seeds"]):
         raise UsageError("seeds= is missing or broken: write seeds=1-5 or seeds=1,2,7")
-    bounds = [part.split("-") for part in settings["seeds"].strip(",").split(",")]
+    bounds = [part.split("-") for part in settings["seeds"].split(",")]
     seeds = [seed for bound in bounds for seed in range(int(bound[0]), int(bound[-1]) + 1)]
+    if any(int(bound[0]) > int(bound[-1]) for bound in bounds):
+        raise UsageError(f"seeds={settings['seeds']} goes downwards: write seeds=1-5")
     label = settings.get("label", "default")
     if not re.fullmatch(r"[\w.-]+", label):
         raise UsageError(f"label={label} may have letters, digits, '.', '_' and '-' only")
@@ -139,6 +142,8 @@ def parse_line(words: list[str], folder: Path, table: Table) -> list[Run]:
             raise UsageError(" ".join(re.sub(r"[╭╮╰╯│─]", " ", said.getvalue()).split())[:300]) from error
         except module.UsageError as error:
             raise UsageError(error) from error
+    if args.eval_episodes >= FINAL_EPISODES:
+        raise UsageError(f"--eval-episodes {args.eval_episodes}: {FINAL_EPISODES} and more are a run's last rows alone")
     plain = dataclasses.asdict(module.Args())
     changed = [name for name, value in dataclasses.asdict(args).items() if value != plain[name] and name not in FREE]
     if re.match(r"default(-|$)", label) and changed:
@@ -194,6 +199,8 @@ def train(root: str, script: str, flags: list[str], seed: int, folder: str, step
     ended it holds the lock of the run's folder, for which the run's next attempt waits.
     """
     folder, environment = Path(folder), os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
+    sys.path.insert(0, root)
+    module = importlib.import_module(Path(script).stem)  # before it trains: somebody may edit the script meanwhile
     with open(folder / "lock", "w") as lock, open(folder / "log.txt", "a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         runs = [path for path in folder.glob("runs/*") if path.is_dir()]
@@ -219,8 +226,6 @@ def train(root: str, script: str, flags: list[str], seed: int, folder: str, step
         if code:
             said = (folder / "log.txt").read_text().strip().splitlines() or [""]
             return code < 0 or code > 128, f"exit status {code}: {said[-1]}"
-        sys.path.insert(0, root)
-        module = importlib.import_module(Path(script).stem)
         run = next(path for path in folder.glob("runs/*") if path.is_dir())
         args = module.Args(**module.load(str(run), "model.pt")["args"])
         changes = {"evaluate": str(run), "eval_episodes": FINAL_EPISODES, "seed": seed + FINAL_SEED}
@@ -231,9 +236,9 @@ def train(root: str, script: str, flags: list[str], seed: int, folder: str, step
         values = dict(zip(agents, returns, strict=True)) | {"sum": sum(returns)}
         new = folder / "final.tmp"
         new.write_text(json.dumps({"step": steps, "returns": values, "run": run.name}))
+        new.replace(folder / "final.json")
         for path in [*run.glob("checkpoint*"), *run.glob("model_previous.pt")]:
             path.unlink()
-        new.replace(folder / "final.json")
     return False, ""
 
 
@@ -300,6 +305,8 @@ def sweep(options: argparse.Namespace, locks: contextlib.ExitStack) -> int:
 
     folder, runs = options.folder.resolve(), {}
     names = [path.stem for path in options.lists]
+    if missing := [path for path in options.lists if not path.is_file()]:
+        raise UsageError(f"{missing[0]} cannot be read: there is no such file")
     if len(set(names)) < len(names):
         raise UsageError(f"two lists of one name would share a table: {', '.join(names)}")
     for path in [folder / "sweep.lock", *(options.results / f"{name}.lock" for name in names)]:
@@ -334,8 +341,14 @@ def sweep(options: argparse.Namespace, locks: contextlib.ExitStack) -> int:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     parallel = options.parallel or (None if options.address else len(os.sched_getaffinity(0)))
     local = {} if options.address else {"num_cpus": parallel, "include_dashboard": False, "object_store_memory": 2**27}
-    ray.init(options.address or "local", logging_level="error", log_to_driver=False, **local)
-    parallel = parallel or int(ray.cluster_resources()["CPU"])
+    try:
+        ray.init(options.address or "local", logging_level="error", log_to_driver=False, **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"Ray does not start: {' '.join(str(error).split())}") from error
+    there = ray.cluster_resources()
+    if options.gpus > there.get("GPU", 0):
+        raise UsageError(f"--gpus {options.gpus:g}: Ray sees {there.get('GPU', 0):g}")
+    parallel = parallel or int(there["CPU"])
     task = ray.remote(num_cpus=1, num_gpus=options.gpus, max_retries=0, max_calls=1)(train)
 
     def begin(run: Run):
@@ -409,6 +422,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sweep.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -49,19 +49,34 @@ def load_script(name: str, folder: Path = ROOT):
 
 
 class Table:
-    """A CSV of results. Only this process writes it, whole rows at a time, and no row twice."""
+    """A CSV of results. Whole rows are written at a time, and no row twice, by one process; others are `readers`."""
 
-    def __init__(self, path: Path):
-        self.path, self.rows, text = path, {}, path.read_text() if path.exists() else ""
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, reader: bool = False):
+        try:
+            self.path, self.rows, text = path, {}, path.read_text() if path.exists() else ""
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is no table: {error}") from error
         whole = text[: text.rfind("\n") + 1]  # a row that was being written when all ended has no line end
         for number, row in enumerate(csv.reader(whole.splitlines()), 1):
-            if len(row) != len(COLUMNS) or (number == 1) != (row == COLUMNS):
+            if row != COLUMNS if number == 1 else not self.is_row(row):
                 raise UsageError(f"{path}:{number}: this is no row of {','.join(COLUMNS)}")
             if number > 1:
                 self.rows.setdefault(self.key(row), row)
-        if text != whole or not whole:
+        if not reader and (text != whole or not whole):
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.rewrite()
+
+    @staticmethod
+    def is_row(row: list[str]) -> bool:
+        if len(row) != len(COLUMNS):
+            return False
+        values = dict(zip(COLUMNS, row, strict=True))
+        try:
+            _ = [int(values[name]) for name in ("seed", "global_step", "episodes")]
+            _ = [float(values[name]) for name in ("wall_clock_s", "episodic_return")]
+        except ValueError:
+            return False
+        return True
 
     @staticmethod
     def key(row: list) -> tuple:
@@ -188,15 +203,16 @@ LEVELS = [
 
 
 def levels(script: str, env_id: str, label: str, side: str) -> list[tuple[float, str]]:
-    """Published scores to compare with: mean return of one agent, and whose. Labels relaxed-... and original-... have
-    levels of their own.
+    """Published scores to compare with: mean return of one agent, and whose. The labels relaxed-..., original-training
+    and original-ddpg-training have levels of their own.
     """
+    own = re.match(r"relaxed|original(-ddpg)?-training$", label)
     return [
         (value, whose)
         for kind, game, start, of, value, whose, _ in LEVELS
         if (script, env_id, side) == (f"maddpg_{kind}.py", game, of)
         and label.startswith(start)
-        and label.startswith(("relaxed", "original")) == (start in ("relaxed", "original"))
+        and bool(own) == (start in ("relaxed", "original"))
     ]
 
 
@@ -238,7 +254,7 @@ def read_tables(paths: list[Path]) -> dict[tuple[str, str, str, str], dict[int, 
     for path in paths:
         if not path.exists():
             raise UsageError(f"there is no {path}")
-        for row in Table(path).rows.values():
+        for row in Table(path, reader=True).rows.values():
             row = dict(zip(COLUMNS, row, strict=True))
             key = path.stem, row["script"], row["env_id"], row["label"]
             runs.setdefault(key, {}).setdefault(int(row["seed"]), []).append(row)

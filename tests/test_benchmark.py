@@ -74,6 +74,9 @@ def patch(path, script, old, new):
         (f"{LINE} --random-agents wolf", "no agent wolf"),
         ("maddpg_discrete.py label=default", "seeds= is missing"),
         (f"{LINE} seeds=1-", "seeds= is missing or broken"),
+        (f"{LINE} seeds=1-15-20", "seeds= is missing or broken"),
+        (f"{LINE} seeds=1,5-3", "seeds=1,5-3 goes downwards"),
+        (f"{LINE} --eval-episodes 1000", "--eval-episodes 1000"),
         ("maddpg_discrete.py --gamma 0.9 seeds=1", "label=default is for default flags"),
         (f"{LINE} label=a,b", "label=a,b"),
         (f"{LINE} --seed 3", "--seed does not belong"),
@@ -183,12 +186,52 @@ def test_no_row_comes_twice_and_an_unfinished_one_is_dropped(programs, tmp_path)
     assert rows(path) == [] == rows(path)
 
 
-def test_a_broken_row_gets_one_line(programs, tmp_path):
+@pytest.mark.parametrize("place, value", [(3, "one"), (4, "1.5"), (5, "?"), (7, "-26.x"), (8, ""), (9, "abc,d")])
+def test_a_broken_row_gets_one_line(programs, tmp_path, place, value):
+    """A number that is none, or a column too many."""
     path = tmp_path / "t.csv"
     programs.tables.Table(path).append([ROW])
-    path.write_text(path.read_text() + "a.py,game\n")
+    path.write_text(path.read_text() + ",".join(map(str, [*ROW[:place], value, *ROW[place + 1 :]])) + "\n")
     with pytest.raises(programs.tables.UsageError, match=r"t\.csv:3"):
         programs.tables.Table(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(programs.tables.UsageError, match=r"t\.csv is no table"):
+        programs.tables.Table(path)
+
+
+def test_a_reader_leaves_a_row_that_is_being_written(programs, tmp_path):
+    path = tmp_path / "t.csv"
+    programs.tables.Table(path).append([ROW])
+    path.write_text(before := path.read_text() + "a.py,game,def")
+    ((seeds, *_),) = programs.tables.read_tables([path]).values()
+    assert seeds == 1 and path.read_text() == before
+
+
+def test_a_list_that_is_not_there_leaves_nothing(programs, tmp_path, capsys):
+    words = [str(tmp_path / "none.txt"), "--folder", str(tmp_path / "f"), "--results", str(tmp_path / "r")]
+    assert programs.sweep.main(words) == 2
+    assert "none.txt cannot be read" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, words", [("--address nowhere", "Ray does not start"), ("--gpus 99", "--gpus 99: Ray")])
+def test_what_ray_has_not_gets_one_line(tmp_path, flags, words):
+    (tmp_path / "small.txt").write_text(LINE)
+    process = command(tmp_path, tmp_path / "small.txt", *flags.split(), stderr=subprocess.PIPE)
+    try:
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 2 and "Traceback" not in said and f"sweep.py: {words}" in said
+
+
+def test_original_cadence_is_not_the_original(programs):
+    """The levels in the original's own reward are for runs in its environment alone, and those have no others."""
+    about = "maddpg_discrete.py", "simple_spread_v3"
+    own = [value for value, _ in programs.tables.levels(*about, "original-training", "agent")]
+    assert own == [-145.0, -129.0, -140.4]
+    assert own == [value for value, _ in programs.tables.levels(*about, "original-ddpg-training", "agent")]
+    for label in "original-cadence", "default":
+        assert [value for value, _ in programs.tables.levels(*about, label, "agent")] == [-12.1, -9.8, -8.4]
 
 
 def test_two_sweeps_on_one_folder_do_not_mix(programs, tmp_path, capsys):
@@ -397,6 +440,39 @@ def test_estimator_runs(trained, tmp_path):
     }
 
 
+def test_a_run_that_is_not_there_gets_one_line(tmp_path):
+    command = [sys.executable, BENCHMARK / "estimator.py", tmp_path / "none", "--quick"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("estimator.py: ")
+
+
+def test_encoders_learn(monkeypatch):
+    """Both kinds of critics make a round, finite and with a gradient for the actors."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import encoders
+
+    for kind in encoders.KINDS.values():
+        losses = [encoders.learner(kind)() for _ in range(2)]
+        assert all(torch.isfinite(values).all() for each in losses for values in each.values())
+    args = encoders.maddpg.Args(env_id="simple_spread_v3")
+    games = encoders.maddpg.Games(encoders.maddpg.game_maker(args), 1)
+    masks = torch.from_numpy(games.obs_mask), torch.from_numpy(games.action_mask)
+    critic = encoders.SeparateCritic(*masks, 16, torch.ones(3, dtype=torch.bool))
+    obs, actions, change = torch.rand(7, 3, 18), torch.rand(7, 3, 5), torch.rand(7, 3, 5)
+    changed = critic(obs, actions, change)
+    for i in range(3):  # a change is agent i's own, to critic i alone
+        others = actions.clone()
+        others[:, i] += change[:, i]
+        torch.testing.assert_close(changed[:, i], critic(obs, others)[:, i])
+
+
+def test_an_unknown_part_gets_one_line():
+    command = [sys.executable, BENCHMARK / "survive.py", "--parts", "kil"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("survive.py: --parts 'kil' is none of games, kill")
+
+
 # ---- discount.py -----------------------------------------------------------------------------------------------------
 @pytest.fixture
 def discount(monkeypatch, discrete):
@@ -485,6 +561,22 @@ def test_crossplay_lets_each_side_play_by_its_own_run(monkeypatch, tmp_path):
     played = crossplay.play([second, first], [second], 20, 7)
     np.testing.assert_allclose(played["adversary"][1, 0], returns[:, 0])
     np.testing.assert_allclose(played["agent"][1, 0], returns[:, 1:].mean(1))
+
+
+def test_crossplay_refuses_other_actions(monkeypatch, tmp_path, capsys):
+    """Soft ones against one-hot ones; and a name that is given twice."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import crossplay
+
+    hard, soft = (
+        train(tmp_path / flag, f"--env-id simple_adversary_v3 --{flag}") for flag in ("no-relaxed", "relaxed")
+    )
+    output = ["--episodes", "10", "--output", str(tmp_path / "pairs.csv")]
+    assert crossplay.main(["--ours", str(hard), "--theirs", str(soft), *output]) == 2
+    assert "--relaxed" in capsys.readouterr().err
+    words = ["--first", "a", str(hard), "--first", "a", str(hard), "--second", "b", str(hard)]
+    assert crossplay.main([*words, *output]) == 2 and "give each once: a, a" in capsys.readouterr().err
+    assert not (tmp_path / "pairs.csv").exists()
 
 
 # ---- physical.py -----------------------------------------------------------------------------------------------------
