@@ -103,7 +103,7 @@ class Args:
     """Adam step size of the critics (paper: 1e-2)"""
     gamma: float = 0.8
     """discount per step (paper: 0.95). 0.8 looks about 5 steps ahead, best where every step is rewarded, as in
-    simple_spread; rare rewards, as for simple_tag's predators, and longer episodes want 0.95 to 0.99"""
+    simple_spread; games that need a longer plan, as Pendulum-v1, want 0.95 to 0.99"""
     tau: float = 0.01
     """fraction of the way that the target networks move in each round (Polyak averaging)"""
     batch_size: int = 1024
@@ -121,14 +121,14 @@ class Args:
     """largest gradient norm of an agent's network, 0 for no clipping (original code: 0.5 for each variable)"""
 
     num_envs: int = 25
-    """games played side by side. With workers, train_frequency of them all play while a round is learned"""
+    """games played side by side; with workers, all of them play a step while the rounds that are due are learned"""
     num_workers: int | None = None
-    """processes that play them, a divisor of num_envs or 0 for none; results do not depend on it. Default: by cores, at
-    least 4 games each, one alone from 20 games on. As one thread learns, further cores serve further seeds better"""
+    """processes that play them, a divisor of num_envs or 0 for none; results do not depend on it. Default: one per
+    core, with 4 games or more each (one alone: 20 or more). One thread learns: let spare cores train other seeds"""
     torch_threads: int = 1
     """CPU threads of PyTorch: with networks this small more are slower, many times so beside other programs"""
     cuda: bool = False
-    """learn on the GPU: an H100 with 16 cores makes 4 times the steps, with --compile 7, with --num-envs 300 too 20"""
+    """learn on the GPU: an H100 makes 4 times the steps of a CPU thread, 7 with --compile, 20 with 300 games as well"""
     compile: bool = False
     """compile `update`, on a GPU into one CUDA graph (needs a C++ compiler and about a minute)"""
     checkpoint_frequency: int = 200_000
