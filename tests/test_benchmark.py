@@ -616,6 +616,26 @@ def test_physical_keeps_the_rows_of_runs_that_are_gone(monkeypatch, tmp_path, tr
     assert kept == gone and f"{trained.name},1,1000,,solved,0.0000,10" in new
 
 
+def test_a_score_is_reached_by_two_evaluations_in_a_row_and_at_the_end(monkeypatch):
+    """XuanCe's -9.0: one lucky evaluation does not count, nor do two of a run whose end is below."""
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    import physical
+
+    def reached(*curve):
+        names = "global_step", "episodes", "episodic_return", "wall_clock_s"
+        run = [dict(zip(names, map(str, row), strict=True)) | {"agent": "agent_0"} for row in curve]
+        runs = {("marks", "maddpg_continuous.py", "simple_spread_v3", "default"): {11: run}}
+        (found,) = [row for row in physical.reached(runs) if row[7] == "-9.00"]
+        return found[-2:]
+
+    lucky, twice, end = (50, 100, -8.9, 1), (150, 100, -9, 3), (250, 1000, -8.5, 5)
+    below, again = (100, 100, -9.1, 2), (200, 100, -8.8, 4)
+    assert reached(lucky, below, twice, again, end) == [150, "3.0"]
+    assert reached(lucky, below, twice) == ["", ""]
+    assert reached(twice, again, (250, 1000, -9.2, 5)) == ["", ""]
+    assert reached(end) == ["", ""]
+
+
 def test_scripted_chasers_touch_the_prey(monkeypatch, tmp_path):
     """With a force along a wrong axis or away from the prey they have about 0.5, greedy ones 73 and 45."""
     monkeypatch.syspath_prepend(str(BENCHMARK))

@@ -1,9 +1,11 @@
 """The pages: their code runs, their translations keep step, and what they point to exists."""
 
+import csv
 import difflib
 import io
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tokenize
@@ -81,6 +83,63 @@ def test_readme_plays_a_saved_model(tmp_path):
     source = source.replace("runs/RUN", f"runs/{run.name}") + "print(data['rewards'].shape, actions.sum(2).tolist())"
     played = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert played.stdout == "(1, 4) [[1.0, 1.0, 1.0, 1.0]]\n"
+
+
+# The rows of the README's first table, in their order: table, script, game, whose return, steps, labels
+RESULTS = """
+    marks     continuous simple_spread_v3           agent     600k default-600k
+    marks     continuous simple_spread_v3           agent     600k n-step-600k
+    marks     continuous simple_spread_v3           agent     1.5M default
+    marks     discrete   simple_spread_v3           agent     600k default-600k
+    marks     discrete   simple_spread_v3           agent     2M   default
+    marks     continuous simple_speaker_listener_v4 listener  1M   default
+    marks     discrete   simple_speaker_listener_v4 listener  1M   default
+    marks     continuous simple_reference_v3        agent     1.5M default
+    marks     continuous simple_tag_v3              adversary 1M   random-prey
+    marks     discrete   simple_tag_v3              adversary 1M   random-prey
+    ablations continuous simple_spread_v3           agent     300k default-300k gamma-0.95
+    ablations discrete   simple_spread_v3           agent     300k default-300k gamma-0.95
+    main_job  discrete   simple_tag_v3              adversary 100k default
+    gamma     discrete   simple_tag_v3              adversary 200k default gamma-0.95
+"""
+VERSUS_DDPG = """
+    ablations continuous simple_speaker_listener_v4 listener  300k default-300k ddpg
+    ablations discrete   simple_speaker_listener_v4 listener  300k default-300k ddpg
+    ablations continuous simple_spread_v3           agent     300k default-300k ddpg
+    ablations discrete   simple_spread_v3           agent     300k default-300k ddpg
+    ablations continuous simple_tag_v3              adversary 300k random-prey-300k random-prey-ddpg
+    ablations discrete   simple_tag_v3              adversary 300k random-prey-300k random-prey-ddpg
+"""
+
+
+def final_returns(table, script, game, side, steps, label):
+    """By seed: the mean over the side's agents, 1,000 episodes at the end of a run."""
+    returns = {}
+    at = str(round(float(steps[:-1]) * {"k": 1_000, "M": 1_000_000}[steps[-1]]))
+    with open(REPOSITORY / f"benchmark/results/{table}.csv") as file:
+        for row in csv.DictReader(file):
+            of_run = row["script"], row["env_id"], row["label"], row["global_step"], row["episodes"]
+            if of_run == (f"maddpg_{script}.py", game, label, at, "1000") and row["agent"].startswith(side):
+                returns.setdefault(row["seed"], []).append(float(row["episodic_return"]))
+    return [statistics.fmean(values) for values in returns.values()]
+
+
+def test_tables_of_the_readme_are_those_of_the_rows():
+    """Every mean and interval, `-7.73** (-7.94 to -7.52)`, in two tables of returns, to its decimals."""
+    tables = re.findall(r"(?:^\|.*\n)+", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    for start, expected in ("| game | steps", RESULTS), ("| game | continuous: MADDPG", VERSUS_DDPG):
+        (table,) = (table for table in tables if table.startswith(start))
+        cells = [x for row in re.findall(r"([+-]?[\d.]+)\** \((\S+) to (\S+?)\)", table) for x in row]
+        exact = []
+        for *about, steps, labels in (line.split(maxsplit=5) for line in expected.strip().splitlines()):
+            for label in labels.split():
+                returns = final_returns(*about, steps, label)
+                quantile = {3: 4.302653, 5: 2.776445}[len(returns)]  # of Student's t at 97.5%, n - 1 degrees of freedom
+                half = quantile * statistics.stdev(returns) / len(returns) ** 0.5
+                exact += [statistics.fmean(returns) + x for x in (0, -half, half)]
+        for cell, value in zip(cells, exact, strict=True):
+            decimals = len(cell.partition(".")[2])
+            assert float(cell) == pytest.approx(value, abs=0.501 * 10**-decimals)
 
 
 @pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
