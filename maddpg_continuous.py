@@ -69,6 +69,7 @@ from tqdm import tqdm
 
 LOG_FREQUENCY = 1_000  # environment steps between two points of the charts
 EVAL_SEEDS = 2**32  # added to the run's seed, so that evaluation plays none of training's episodes
+LONGEST_EPISODE = 100_000  # steps; without a time limit a greedy policy may walk in circles for ever
 
 
 class UsageError(Exception):
@@ -84,8 +85,8 @@ class Args:
     env_kwargs: str = "{}"
     """keyword arguments of the environment, as JSON: '{"max_cycles": 50}'"""
     total_timesteps: int = 100_000
-    """environment steps, over all games, up to a multiple of num_envs; in one step every agent acts once. The default
-    is a first look of minutes (original code: 1.5 million)"""
+    """environment steps, over all games, rounded down to a multiple of num_envs; in one step every agent acts once. The
+    default is a first look of minutes (original code: 1.5 million)"""
     seed: int = 1
     """seed of networks, noise, batches and games"""
     exp_name: str = Path(__file__).stem
@@ -105,14 +106,14 @@ class Args:
     """discount per step (paper: 0.95). 0.8 looks about 5 steps ahead, best where every step is rewarded, as in
     simple_spread; longer plans, as in Pendulum-v1, and a prey that learns, as in simple_tag, want 0.95 to 0.99"""
     tau: float = 0.01
-    """fraction of the way that the target networks move in each round (Polyak averaging)"""
+    """fraction of the way that the target networks move in each round, Polyak averaging (original code: the same)"""
     batch_size: int = 1024
-    """steps in the batch of a round, drawn with replacement, the same for all agents"""
+    """steps in the batch of a round, drawn with replacement, the same for all agents (original code: one each)"""
     buffer_size: int = 1_000_000
     """steps that the replay buffer holds: few forget old policies and the random start sooner, many hold more variety.
     Discrete: 100,000, since the start's random messages teach that messages mean nothing (original code: 1 million)"""
     learning_starts: int = 10_000
-    """environment steps of random play before the first round"""
+    """environment steps of random play before the first round (original code: 25,600, played by the policies)"""
     train_frequency: int = 25
     """environment steps per round of updates (original code: 100)"""
     exploration_noise: float = 0.1
@@ -123,8 +124,8 @@ class Args:
     num_envs: int = 25
     """games played side by side; with workers, all of them play a step while the rounds that are due are learned"""
     num_workers: int | None = None
-    """processes that play them, a divisor of num_envs or 0 for none; results do not depend on it. Default: one per
-    core, with 4 games or more each (one alone: 20 or more). One thread learns: let spare cores train other seeds"""
+    """processes that play them, a divisor of num_envs or 0 for none; results do not depend on it. Default: at most one
+    per core, 4 games or more each (one alone: 20 or more). One thread learns: let spare cores train other seeds"""
     torch_threads: int = 1
     """CPU threads of PyTorch: with networks this small more are slower, many times so beside other programs"""
     cuda: bool = False
@@ -272,7 +273,7 @@ class Games(gym.Env):
     Every episode resets with a seed of its own, made from the seed of `reset`, the game's number (from `first_game`)
     and the episode's number, so that games do not depend on how they are shared out among processes.
 
-    Raises `UsageError` for spaces that the networks cannot use.
+    Raises `UsageError` for spaces that the networks cannot use, and for an episode that does not end.
     """
 
     def __init__(self, make: Callable[[], pettingzoo.ParallelEnv], num_games: int, first_game: int = 0):
@@ -316,7 +317,7 @@ class Games(gym.Env):
         return data, {}
 
     def step(self, actions: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict]:
-        """One step of all games; `actions` [num_games, n_agents, action_dim], any values for agents that are gone."""
+        """One step of all games; `actions` [num_games, n_agents, action_dim], any in range for agents that are gone."""
         if not self.action_space.contains(actions):
             raise UsageError(f"actions are not in {self.action_space} but {actions.ravel()}: has training diverged?")
         data = {key: np.zeros(space.shape, space.dtype) for key, space in self.observation_space.items()}
@@ -326,6 +327,8 @@ class Games(gym.Env):
         return data, 0.0, False, False, {}
 
     def _step_game(self, g: int, actions: np.ndarray, data: dict[str, np.ndarray]) -> None:
+        if len(self.histories[g]) > LONGEST_EPISODE:
+            raise UsageError(f"an episode has not ended in {LONGEST_EPISODE} steps: give the game a time limit")
         game, acts = self.games[g], self.alive[g].nonzero()[0]
         acting = [self.agents[i] for i in acts]
         moves = np.minimum(self.low + (actions + 1) / 2 * (self.high - self.low), self.high)
@@ -477,8 +480,8 @@ class Networks(nn.Module):
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         at_random = match_agents(args.random_agents, games.agents)
-        self.register_buffer("random_agents", at_random if at_random.any() else None)
-        self.register_buffer("learns", (~at_random).float())
+        self.register_buffer("random_agents", at_random if at_random.any() else None, persistent=False)
+        self.register_buffer("learns", (~at_random).float(), persistent=False)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """`load_state_dict`, with a `UsageError` where the state is that of another game or another script."""
@@ -667,30 +670,38 @@ def by_side(agents: Sequence[str], returns: Sequence[float]) -> dict[str, str]:
 
 
 def save_film(networks: Networks, make: Callable[..., pettingzoo.ParallelEnv], path: Path, seed: int) -> None:
-    """Saves a GIF of five greedy episodes, a picture after every step, labelled; no display is needed."""
+    """Saves a GIF of five greedy episodes, labelled: every step, of long ones fewer; no display is needed."""
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    games, film = Games(functools.partial(make, render_mode="rgb_array"), 1), []
+    games, film, every = Games(functools.partial(make, render_mode="rgb_array"), 1), [], 1
     step, returns = games.games[0].step, {}
 
     def filmed_step(actions: dict[str, Any]) -> tuple:
+        nonlocal every
         result, (episode, *played) = step(actions), games.histories[0]
         if not played:
             returns.clear()
         for agent, reward in result[1].items():
             returns[agent] = returns.get(agent, 0) + reward
+        if len(played) % every:
+            return result
         picture = ImageOps.contain(Image.fromarray(games.games[0].render()), (350, 350))
         picture = ImageOps.expand(picture, (0, 16, 0, 0), "white")
         sides = " ".join(f"{side} {value}" for side, value in by_side(list(returns), list(returns.values())).items())
         title = f"episode {episode + 1} step {len(played) + 1} {sides}"
         ImageDraw.Draw(picture).text((4, 2), title, "black")
         film.append(picture.quantize(64))
+        if len(film) > 200:  # of long episodes not every step
+            del film[1::2]
+            every *= 2
         return result
 
     games.games[0].step = filmed_step
     evaluate(networks, games, 5, seed, networks.random_agents)
-    every = 1 + len(film) // 200  # of long episodes not every step
     frame_ms = every * 1000 / games.metadata.get("render_fps", 10)
-    film[0].save(path, save_all=True, append_images=film[every::every], duration=frame_ms, loop=0)
+    try:
+        film[0].save(path, save_all=True, append_images=film[1:], duration=frame_ms, loop=0)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     print(f"saved {path}")
 
 
@@ -727,6 +738,8 @@ def load(path: str, name: str) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["kind"] != f"{Path(__file__).stem} {name}":
             raise ValueError(f"it is a {state['kind']}, not a {Path(__file__).stem} {name}")
+        if unknown := state["args"].keys() - asdict(Args()).keys():
+            raise ValueError(f"it was made with {', '.join(sorted(unknown))}, which this script does not have")
     except Exception as error:  # whatever a damaged file makes of zipfile and unpickler
         hint = f"; the one before it is {previous}" if previous.exists() and previous != file else ""
         raise UsageError(f"{file} cannot be used: {error}{hint}".replace("\n", " ")) from error
@@ -782,7 +795,8 @@ def keep_freed_memory() -> None:
 def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     """Trains; returns networks, replay buffer and run folder. Wrong arguments raise `UsageError`, nothing written."""
     if args.cuda and not torch.cuda.is_available():
-        raise UsageError("--cuda: PyTorch finds no GPU, leave the flag out")
+        hint = "which this run needs" if args.resume else "leave the flag out"
+        raise UsageError(f"--cuda: PyTorch finds no GPU, {hint}")
     if args.track and not importlib.util.find_spec("wandb"):
         raise UsageError("--track needs Weights & Biases: pip install wandb")
     if args.render:
@@ -805,13 +819,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         make(render_mode="rgb_array")  # refuses games without pictures at once
     eval_games = Games(make, min(args.eval_episodes, 10))
     agents, networks, eval_seed = eval_games.agents, Networks(eval_games, args), args.seed + EVAL_SEEDS
-    about = {
-        "args": asdict(args) | {"resume": None},
-        "agents": agents,
-        "obs_dims": eval_games.obs_mask.sum(1).tolist(),
-        "action_dims": eval_games.action_mask.sum(1).tolist(),
-        "action_spaces": [str(space) for space in eval_games.action_spaces],  # kind and bounds
-    }
+    about = {"args": asdict(args) | {"resume": None}, "agents": agents}
     begins_at = saved["progress"][0] if saved else 0
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     bar = tqdm(initial=begins_at, total=last_step, unit=" steps", dynamic_ncols=True, delay=0.1)
@@ -828,8 +836,9 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         size, row_bytes = min(args.buffer_size, args.total_timesteps), ReplayBuffer(1, eval_games, device).rows.nbytes
         memory = torch.cuda.mem_get_info()[0] if args.cuda else psutil.virtual_memory().available
         gib = size * row_bytes / 2**30
-        if size * row_bytes > memory and not saved:  # a resumed run holds its rows in memory already
-            raise UsageError(f"--buffer-size {size} takes {gib:.1f} GiB, {memory // row_bytes} would fit")
+        held = len(saved["rows"]) if saved and not args.cuda else 0  # in memory already
+        if (size - held) * row_bytes > memory:
+            raise UsageError(f"--buffer-size {size} takes {gib:.1f} GiB, {held + memory // row_bytes} would fit")
         rb = ReplayBuffer(size, eval_games, device)
 
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
@@ -986,6 +995,8 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     print(f"\nmean greedy return, {args.eval_episodes} episodes    random play    untrained      trained")
     for agent, *values in zip(agents, random_play, untrained, trained, strict=True):
         print(f"{agent:34}" + "".join(f"{value:13.2f}" for value in values))
+    if not rounds:
+        print(f"nothing was learned: --learning-starts {args.learning_starts} left no time for a round of updates")
     return networks, rb, run
 
 
@@ -1018,9 +1029,13 @@ if __name__ == "__main__":
         parser.add_argument("--resume")
         parser.add_argument("--evaluate")
         given = parser.parse_known_args()[0]  # then what else is not given is as it was in that run
+        if given.resume and given.evaluate:
+            raise UsageError("--resume goes on training, --evaluate plays: give one of them")
         old = (given.resume, "checkpoint.pt") if given.resume else (given.evaluate, "model.pt")
         arguments = tyro.cli(Args, default=Args(**load(*old)["args"])) if old[0] else tyro.cli(Args)
         play(arguments) if arguments.evaluate else main(arguments)
     except UsageError as usage_error:
         print(f"{Path(__file__).name}: {usage_error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # while evaluating: training ends in order
+        sys.exit(130)

@@ -11,9 +11,9 @@ quantity, means over the episodes, sums over their steps; rows of other runs, wh
     simple_tag                touches      of predators and prey, summed over predators
     simple_speaker_listener   solved       1 where the mean return is -8 (continuous) or -9.5 (discrete) or more, else 0
 
-and results/reached.csv: the step and wall-clock time at which each published score (tables.py) was reached, by seed: the
-first of two evaluations in a row that are at or above it, since one of 100 episodes may be lucky. Empty where there are
-none, or where the last one, of 1,000 episodes if the run is done, is below.
+and results/reached.csv: the step and wall-clock time at which each published score (tables.py) was reached, by seed,
+the first of two evaluations in a row that are at or above it, since one of 100 episodes may be lucky. Empty where there
+are none, or where the last one, of 1,000 episodes if the run is done, is below.
 """
 
 import argparse

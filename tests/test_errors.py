@@ -1,13 +1,15 @@
 """What a user gets wrong: one line on standard error, exit status 2, nothing written under runs/."""
 
+import importlib
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, is_discrete
+from conftest import ROOT, is_discrete, make_args, make_games
 
 MODULES = {
     "needs_more": "import a_package_that_is_missing\nparallel_env = None",
@@ -146,6 +148,43 @@ def test_optional_packages_and_devices(name, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     status, line = run_here(name, ["--cuda"], monkeypatch, capsys)
     assert status == 2 and line.count("\n") == 1 and "--cuda" in line
+
+
+@pytest.mark.parametrize("name", ["maddpg_continuous", "maddpg_discrete"])
+def test_a_resumed_run_gets_one_line_too(name, monkeypatch, capsys):
+    """Its GPU is not there; its memory does not suffice for what it grows to; it was made by a changed script."""
+    script = importlib.import_module(name)
+    run = script.main(make_args(script))[2]
+    checkpoint = script.load(str(run), "checkpoint.pt")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    capsys.readouterr()
+
+    def resume(*arguments, **args):
+        script.save(checkpoint | {"args": checkpoint["args"] | args}, run / "checkpoint.pt")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--resume", str(run), *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+        line = capsys.readouterr().err
+        assert end.value.code == 2 and line.count("\n") == 1, line
+        return line
+
+    assert "this run needs" in resume(cuda=True)
+    assert "policy_noise" in resume(policy_noise=0.2)
+    assert "give one" in resume("--evaluate", str(run))
+    row_bytes = checkpoint["rows"][0].nbytes
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=90 * row_bytes))
+    assert "--buffer-size 400 takes" in (line := resume("--total-timesteps", "400")) and "390 would fit" in line
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * row_bytes))
+    script.main(script.Args(**checkpoint["args"] | {"resume": str(run), "total_timesteps": 400}))
+
+
+def test_an_episode_without_end(script, monkeypatch):
+    """One that ends in its very last step may; without the check the second evaluation would not come back."""
+    networks = script.Networks(make_games(script), make_args(script))
+    monkeypatch.setattr(script, "LONGEST_EPISODE", 5)
+    script.evaluate(networks, make_games(script, plans=({},), length=5), 2, 1, None)
+    with pytest.raises(script.UsageError, match="not ended in 5 steps.*time limit"):
+        script.evaluate(networks, make_games(script, plans=({},), length=100), 2, 1, None)
 
 
 @pytest.mark.parametrize("env_id, error", [("faulty", AttributeError), ("file_missing", FileNotFoundError)])
