@@ -69,7 +69,7 @@ from tqdm import tqdm
 
 LOG_FREQUENCY = 1_000  # environment steps between two points of the charts
 EVAL_SEEDS = 2**32  # added to the run's seed, so that evaluation plays none of training's episodes
-LONGEST_EPISODE = 100_000  # steps; without a time limit a greedy policy may walk in circles for ever
+LONGEST_EPISODE = 30_000  # steps (Atari: 27,000); without a time limit a greedy policy may walk in circles for ever
 
 
 class UsageError(Exception):
