@@ -16,6 +16,7 @@ of two other lists that are the same.
 """
 
 import argparse
+import difflib
 import re
 import shlex
 import sys
@@ -346,7 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         known = sorted({key[3] for key in runs})
         if unknown := sorted(set(options.labels or ()) - set(known)):
-            raise UsageError(f"there is no label {', '.join(unknown)}, the labels are {', '.join(known)}")
+            near = difflib.get_close_matches(unknown[0], known, cutoff=0)
+            raise UsageError(f"there is no label {', '.join(unknown)}; the nearest to the first are {', '.join(near)}")
     except UsageError as error:
         print(f"plot.py: {error}", file=sys.stderr)
         return 2

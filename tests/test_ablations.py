@@ -777,6 +777,13 @@ def test_the_page_shows_what_the_tables_give(plot, name):
     assert shown[0] == expected, f"python benchmark/plot.py --{name} mends this:\n{said}"
 
 
+def test_an_unknown_label_gets_one_line(plot, tmp_path, capsys):
+    assert plot.main(["--labels", "default", "gama-0.95", "--output", str(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "no label gama-0.95" in line and "gamma-0.95" in line.split("nearest")[1]
+    assert not list(tmp_path.iterdir())
+
+
 def test_scenarios_table_and_picture(plot, tmp_path):
     """Made-up runs: the tables and labels that count, untrained and trained, a run that is not at its end."""
     import tables
