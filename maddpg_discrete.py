@@ -45,6 +45,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,7 @@ from tqdm import tqdm
 
 LOG_FREQUENCY = 1_000  # environment steps between two points of the charts
 EVAL_SEEDS = 2**32  # added to the run's seed, so that evaluation plays none of training's episodes
-LONGEST_EPISODE = 30_000  # steps (Atari: 27,000); without a time limit a greedy policy may walk in circles for ever
+LONGEST_EPISODE = 30_000  # steps (Atari: 27,000); in a game without a time limit a policy may walk in circles for ever
 
 
 class UsageError(Exception):
@@ -278,7 +279,9 @@ class Games(gym.Env):
     Every episode resets with a seed of its own, made from the seed of `reset`, the game's number (from `first_game`)
     and the episode's number, so that games do not depend on how they are shared out among processes.
 
-    Raises `UsageError` for spaces that the networks cannot use, and for an episode that does not end.
+    An episode without end is cut off after `LONGEST_EPISODE` steps, as by a time limit of the game.
+
+    Raises `UsageError` for spaces that the networks cannot use.
     """
 
     def __init__(self, make: Callable[[], pettingzoo.ParallelEnv], num_games: int, first_game: int = 0):
@@ -330,8 +333,6 @@ class Games(gym.Env):
         return data, 0.0, False, False, {}
 
     def _step_game(self, g: int, actions: np.ndarray, data: dict[str, np.ndarray]) -> None:
-        if len(self.histories[g]) > LONGEST_EPISODE:
-            raise UsageError(f"an episode has not ended in {LONGEST_EPISODE} steps: give the game a time limit")
         game, acts = self.games[g], self.alive[g].nonzero()[0]
         acting = [self.agents[i] for i in acts]
         moves = actions if self.relaxed else actions.reshape(len(actions), self.n_choices, -1).argmax(2)
@@ -340,6 +341,9 @@ class Games(gym.Env):
         )
         self.histories[g].append(actions.tolist())
         staying = [agent for agent in game.agents if not (terminations.get(agent) or truncations.get(agent))]
+        if staying and len(self.histories[g]) > LONGEST_EPISODE:
+            warnings.warn(f"cut off an episode of {LONGEST_EPISODE} steps: has the game no time limit?", stacklevel=1)
+            staying = []
         self._write(observations, {*acting, *staying}, data["next_obs"][g])
         data["rewards"][g, acts] = [rewards[agent] for agent in acting]
         data["terminations"][g, acts] = [terminations[agent] for agent in acting]
@@ -745,7 +749,7 @@ def save_film(networks: Networks, make: Callable[..., pettingzoo.ParallelEnv], p
     try:
         film[0].save(path, save_all=True, append_images=film[1:], duration=frame_ms, loop=0)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+        raise UsageError(f"{path} cannot be written: {error}") from error
     print(f"saved {path}")
 
 
@@ -883,8 +887,9 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         memory = torch.cuda.mem_get_info()[0] if args.cuda else psutil.virtual_memory().available
         gib = size * row_bytes / 2**30
         held = len(saved["rows"]) if saved and not args.cuda else 0  # in memory already
-        if (size - held) * row_bytes > memory:
-            raise UsageError(f"--buffer-size {size} takes {gib:.1f} GiB, {held + memory // row_bytes} would fit")
+        if max(size - held, held) * row_bytes > memory:  # for a moment of resuming rows are there twice
+            hint = "which is not free" if saved else f"{memory // row_bytes} would fit"
+            raise UsageError(f"--buffer-size {size} takes {gib:.1f} GiB, {hint}")
         rb = ReplayBuffer(size, eval_games, device)
 
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "_")
@@ -1042,7 +1047,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     for agent, *values in zip(agents, random_play, untrained, trained, strict=True):
         print(f"{agent:34}" + "".join(f"{value:13.2f}" for value in values))
     if not rounds:
-        print(f"nothing was learned: --learning-starts {args.learning_starts} left no time for a round of updates")
+        print("nothing was learned: no round of updates was due, see --learning-starts and --train-frequency")
     return networks, rb, run
 
 

@@ -5,9 +5,11 @@ import os
 import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, is_discrete, make_args, make_games
 
@@ -172,19 +174,48 @@ def test_a_resumed_run_gets_one_line_too(name, monkeypatch, capsys):
     assert "policy_noise" in resume(policy_noise=0.2)
     assert "give one" in resume("--evaluate", str(run))
     row_bytes = checkpoint["rows"][0].nbytes
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=90 * row_bytes))
-    assert "--buffer-size 400 takes" in (line := resume("--total-timesteps", "400")) and "390 would fit" in line
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * row_bytes))
-    script.main(script.Args(**checkpoint["args"] | {"resume": str(run), "total_timesteps": 400}))
+    for steps, needed in (400, 300), (1000, 700):  # 300 rows to copy, or 700 more than there were
+        monkeypatch.setattr(
+            "psutil.virtual_memory", lambda free=needed - 1: SimpleNamespace(available=free * row_bytes)
+        )
+        assert f"--buffer-size {steps} takes" in resume("--total-timesteps", str(steps))
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=needed: SimpleNamespace(available=free * row_bytes))
+        script.save(checkpoint, run / "checkpoint.pt")
+        script.main(script.Args(**checkpoint["args"] | {"resume": str(run), "total_timesteps": steps}))
+        capsys.readouterr()
 
 
-def test_an_episode_without_end(script, monkeypatch):
-    """One that ends in its very last step may; without the check the second evaluation would not come back."""
+@pytest.mark.filterwarnings("ignore:cut off an episode")
+def test_an_episode_without_end_is_cut_off(script, monkeypatch):
+    """As by a time limit of the game, with a warning: the bootstrap stays. One that ends in its last step is not."""
     networks = script.Networks(make_games(script), make_args(script))
     monkeypatch.setattr(script, "LONGEST_EPISODE", 5)
-    script.evaluate(networks, make_games(script, plans=({},), length=5), 2, 1, None)
-    with pytest.raises(script.UsageError, match="not ended in 5 steps.*time limit"):
-        script.evaluate(networks, make_games(script, plans=({},), length=100), 2, 1, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        script.evaluate(networks, make_games(script, plans=({},), length=5), 2, 1, None)
+    games = make_games(script, plans=({},), length=10**9)
+    with pytest.warns(UserWarning, match="an episode of 5 steps"):
+        assert script.evaluate(networks, games, 2, 1, None)[1] == 10
+    games.reset(seed=1)
+    *_, last = (games.step(games.action_space.sample())[0] for _ in range(5))
+    assert last["done"] == 1 and last["next_alive"].all() and not last["terminations"].any() and last["alive"].all()
+    assert not np.array_equal(last["next_obs"], last["obs"])  # the final observation, and the next episode's first
+    assert games.histories == [[1]]
+
+
+def test_ctrl_c_ends_playing_in_order(script, monkeypatch, capsys):
+    """Status 130 and no traceback; training, which saves first, has tests of its own."""
+    run = script.main(make_args(script))[2]
+    capsys.readouterr()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("games.Game.step", interrupted)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", "--evaluate", str(run)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / f"{script.__name__}.py"), run_name="__main__")
+    assert end.value.code == 130 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("env_id, error", [("faulty", AttributeError), ("file_missing", FileNotFoundError)])

@@ -175,7 +175,7 @@ def test_initial_networks_depend_on_the_seed(script, capsys):
     first, second = (script.main(make_args(script, **args, seed=seed))[0] for seed in (1, 2))
     for part in "actor", "critic":
         assert not torch.equal(getattr(first, part).layer_1.weight, getattr(second, part).layer_1.weight)
-    assert capsys.readouterr().out.count("nothing was learned: --learning-starts 20") == 2
+    assert capsys.readouterr().out.count("nothing was learned: no round") == 2
     script.main(make_args(script))
     assert "nothing was learned" not in capsys.readouterr().out
 
@@ -422,28 +422,17 @@ def test_others_may_act_at_random_when_a_model_is_played(script):
 def test_film_of_a_long_game(script, tmp_path):
     """Every other step when there are more than 200, and so on: pictures stay few while it plays, the pace is kept."""
     game = mixed(is_discrete(script), plans=({},), length=90)
-    game.render = lambda: np.full((20, 20, 3), game.steps, np.uint8)
+    drawn = []
+    game.render = lambda: drawn.append(game.steps) or np.full((20, 20, 3), game.steps, np.uint8)
     networks = script.Networks(script.Games(lambda: game, 1), make_args(script))
     script.save_film(networks, lambda **_: game, tmp_path / "film.gif", 1)
     film = Image.open(tmp_path / "film.gif")
-    assert 100 < film.n_frames <= 200
+    assert 100 < film.n_frames <= 200 < len(drawn) < 350
     shown = sum((film.seek(n), film.info["duration"])[1] for n in range(film.n_frames))
     assert shown == pytest.approx(450 * 100, rel=0.05)  # milliseconds: 10 steps a second
     game.length = 1
     with pytest.raises(script.UsageError, match="cannot be written"):
         script.save_film(networks, lambda **_: game, tmp_path / "nowhere" / "film.gif", 1)
-
-
-def test_ctrl_c_ends_playing_in_order(script):
-    run = script.main(make_args(script, env_id="simple_v3"))[2]
-    line = [sys.executable, str(ROOT / f"{script.__name__}.py"), "--evaluate", str(run), "--eval-episodes", "10000000"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    try:
-        time.sleep(8)
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60)[1] == "" and process.returncode == 130
-    finally:
-        process.kill()
 
 
 def test_film_of_a_game_that_an_agent_joins(script, tmp_path, monkeypatch):
