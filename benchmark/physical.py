@@ -12,8 +12,8 @@ quantity, means over the episodes, sums over their steps; rows of other runs, wh
     simple_speaker_listener   solved       1 where the mean return is -8 (continuous) or -9.5 (discrete) or more, else 0
 
 and results/reached.csv: the step and wall-clock time at which each published score (tables.py) was reached, by seed,
-the first of two evaluations in a row that are at or above it, since one of 100 episodes may be lucky. Empty where there
-are none, or where the last one, of 1,000 episodes if the run is done, is below.
+the first of two evaluations in a row that are at or above it, since one of 100 episodes may be lucky, or else the last
+one, of 1,000 if the run is done. Empty where that is below.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def reached(runs: dict) -> list[list]:
                 for value, whose in levels(script, env_id, label, side):
                     twice = [
                         (step, seconds)
-                        for (step, mean, seconds), (_, then, _) in itertools.pairwise(curve)
+                        for (step, mean, seconds), (_, then, _) in itertools.pairwise([*curve, curve[-1]])
                         if min(mean, then, curve[-1][1]) >= value
                     ]
                     step, seconds = twice[0] if twice else ("", "")

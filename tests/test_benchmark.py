@@ -631,9 +631,8 @@ def test_a_score_is_reached_by_two_evaluations_in_a_row_and_at_the_end(monkeypat
     lucky, twice, end = (50, 100, -8.9, 1), (150, 100, -9, 3), (250, 1000, -8.5, 5)
     below, again = (100, 100, -9.1, 2), (200, 100, -8.8, 4)
     assert reached(lucky, below, twice, again, end) == [150, "3.0"]
-    assert reached(lucky, below, twice) == ["", ""]
+    assert reached(lucky, below, end) == [250, "5.0"]
     assert reached(twice, again, (250, 1000, -9.2, 5)) == ["", ""]
-    assert reached(end) == ["", ""]
 
 
 def test_scripted_chasers_touch_the_prey(monkeypatch, tmp_path):

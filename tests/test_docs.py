@@ -95,6 +95,7 @@ RESULTS = """
     marks     continuous simple_speaker_listener_v4 listener  1M   default
     marks     discrete   simple_speaker_listener_v4 listener  1M   default
     marks     continuous simple_reference_v3        agent     1.5M default
+    marks     continuous simple_reference_v3        agent     1.5M n-step
     marks     continuous simple_tag_v3              adversary 1M   random-prey
     marks     discrete   simple_tag_v3              adversary 1M   random-prey
     ablations continuous simple_spread_v3           agent     300k default-300k gamma-0.95
