@@ -166,14 +166,14 @@ class Args:
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not (low <= value <= high and math.isfinite(value)):
-                    raise UsageError(f"--{name.replace('_', '-')} is {value}, but must lie between {low} and {high}")
+                    bounds = f"lie between {low} and {high}" if high < math.inf else f"be a number of {low} or more"
+                    raise UsageError(f"--{name.replace('_', '-')} is {value}, but must {bounds}")
         try:
             if not isinstance(json.loads(self.env_kwargs), dict):
                 raise ValueError
         except ValueError as error:
-            raise UsageError(
-                f"--env-kwargs {self.env_kwargs} is no JSON object like '{{\"max_cycles\": 50}}'"
-            ) from error
+            hint = "is no JSON object like '{\"max_cycles\": 50}'"
+            raise UsageError(f"--env-kwargs {self.env_kwargs} {hint}") from error
         if self.num_workers is None:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             least = {0: 0, 1: 20}  # fewest games for so many workers; for others 4 each
@@ -742,7 +742,7 @@ def load(path: str, name: str) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["kind"] != f"{Path(__file__).stem} {name}":
             raise ValueError(f"it is a {state['kind']}, not a {Path(__file__).stem} {name}")
-        if unknown := state["args"].keys() - asdict(Args()).keys():
+        if unknown := state["args"].keys() - Args.__annotations__.keys():
             raise ValueError(f"it was made with {', '.join(sorted(unknown))}, which this script does not have")
     except Exception as error:  # whatever a damaged file makes of zipfile and unpickler
         hint = f"; the one before it is {previous}" if previous.exists() and previous != file else ""
@@ -758,9 +758,8 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
     The workers end with the block, whatever ends it; one that dies before that raises `UsageError`.
     """
     envs, stops, share = None, [], args.num_envs // max(args.num_workers, 1)
-    handlers = {
-        n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)
-    }  # the workers inherit this
+    # Ignored until the workers have started, which inherit that
+    handlers = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         shares = [functools.partial(Games, make, share, w * share) for w in range(args.num_workers)]
         if shares:
