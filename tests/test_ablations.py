@@ -36,7 +36,7 @@ PAIRS = [
 # What these change is what is played or stored. All others change what a round makes of a batch.
 OUTSIDE = {"no-exploration", "epsilon-greedy", "shared-noise", "policy-warmup", "batch-per-agent"}
 OUTSIDE |= {"terminal", "next-episode", "stored-action", "unscaled", "learning-rate-decay", "original-environment"}
-OUTSIDE |= {"n-step", "fading-noise", "adam-epsilon", "small-warmup"}
+OUTSIDE |= {"n-step", "fading-noise", "adam-epsilon", "small-warmup", "averaged-actor"}
 
 
 @pytest.fixture(autouse=True)
@@ -460,6 +460,38 @@ def test_online_critic(folder):
                 for parameter in getattr(networks, changed).parameters():
                     parameter.add_(torch.randn_like(parameter))
             assert torch.equal(seeded(module.td_targets, networks, data, args), before) == alike
+
+
+def test_target_critic_loss(folder):
+    """The actors' loss asks the target critics alone, as constants, and still reaches every actor."""
+    for plain, script in both("target-critic-loss", folder):
+        args, _, networks, data = build(script)
+        for module, asked in (plain, "critic"), (script, "target_critic"):
+            before = seeded(module.actor_loss, networks, data, args)
+            networks.zero_grad()
+            before.sum().backward()
+            assert all(grad.abs().sum() > 0 for grad in grads(networks.actor))
+            assert not any(grad.any() for grad in grads(networks.critic) + grads(networks.target_critic))
+            for changed in "critic", "target_critic":
+                with torch.no_grad():
+                    for parameter in getattr(networks, changed).parameters():
+                        parameter.add_(torch.randn_like(parameter))
+                after = seeded(module.actor_loss, networks, data, args)
+                assert torch.equal(after, before) == (changed != asked)
+                before = after
+
+
+def test_averaged_actor(folder):
+    """An evaluation plays the target actors: as the plain one plays networks whose actors are these."""
+    for plain, script in both("averaged-actor", folder):
+        games = make_games(script, "simple_spread_v3")
+        networks = script.Networks(games, make_args(script))
+        for parameter in networks.target_actor.parameters():
+            parameter.add_(torch.randn_like(parameter) * (parameter != 0))
+        as_it_is, averaged = (module.evaluate(networks, games, 4, 7, None)[0] for module in (plain, script))
+        networks.actor = networks.target_actor
+        assert (plain.evaluate(networks, games, 4, 7, None)[0] == averaged).all()
+        assert (as_it_is != averaged).any()
 
 
 def test_delayed_actors(folder):
