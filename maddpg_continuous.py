@@ -758,7 +758,7 @@ def start_games(make: Callable[[], pettingzoo.ParallelEnv], args: Args) -> Itera
     The workers end with the block, whatever ends it; one that dies before that raises `UsageError`.
     """
     envs, stops, share = None, [], args.num_envs // max(args.num_workers, 1)
-    # Ignored until the workers have started, which inherit that
+    # Both signals are ignored at first, which the workers inherit
     handlers = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         shares = [functools.partial(Games, make, share, w * share) for w in range(args.num_workers)]

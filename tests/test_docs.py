@@ -145,6 +145,17 @@ def test_tables_of_the_readme_are_those_of_the_rows():
             assert float(cell) == pytest.approx(value, abs=0.501 * 10**-decimals)
 
 
+def test_the_target_actors_of_every_run_have_more():
+    """docs/ablations.md: in each of 21 runs, the same networks played both ways."""
+    returns = {}
+    with open(REPOSITORY / "benchmark/results/averaged.csv") as file:
+        for row in csv.DictReader(file):
+            run = row["script"], row["env_id"], row["label"], row["seed"]
+            returns.setdefault(run, {"online": 0.0, "target": 0.0})[row["actor"]] += float(row["episodic_return"])
+    assert len(returns) == 21 and "In\neach of 21 runs" in (REPOSITORY / "docs/ablations.md").read_text()
+    assert all(of_run["target"] > of_run["online"] for of_run in returns.values())
+
+
 @pytest.mark.parametrize("page", TRANSLATED, ids=lambda page: page.name)
 def test_translation_keeps_step(page):
     english = page.with_name(page.name.replace(".zh-CN", "")).read_text()
