@@ -158,6 +158,7 @@ def result_rows(run, label: str) -> list[list]:
 # PKU-MARL/HARL, legalaspro/maddpg-zoo-torch. simple_spread of OpenAI's environment and of EPyMARL pays each agent
 # -(3 G + C + 75) an episode, with G the summed distances and C the contacts, mpe2 -(3 G + C) / 6 on average; there a
 # position follows a step later, which costs another 1.2, taken off all of these but for the two of google's logs.
+# Those logs have -40 and -33 for DDPG, sum of 3 agents, which no picture shows.
 LEVELS = [
     ("continuous", "simple_spread_v3", "", "agent", -9.0, "XuanCe MADDPG, 5M", "XuanCe's benchmark curves, 5 seeds"),
     ("continuous", "simple_spread_v3", "", "agent", -10.2, "legalaspro, 1.5M", "maddpg-zoo-torch's data, 1 seed"),
