@@ -15,8 +15,9 @@ A label that ends in `training` takes exploring returns of training, means of th
     maddpg_discrete.py --env-id simple_spread_v3 patch=benchmark/ablations/terminal.patch seeds=1-3 label=terminal
 
 `patch=` names a unified diff of the scripts, relative to the repository, or several with commas between, applied in
-that order. Such a run trains, and is played by, copies of the scripts under its folder, with the diffs applied; it
-needs git, and a label that does not begin with `default`.
+that order; one in `docs/recipes` is applied to the line's script, whichever it names. Such a run trains, and is played
+by, copies of the scripts under its folder, with the diffs applied; it needs git, and a label that does not begin with
+`default`.
 
 Every run is a process of its own, with one thread, in a folder of its own under --folder, named after script, game,
 seed and a hash of flags and patch, so that lists share runs. A run whose process or Ray worker is lost is begun again
@@ -126,7 +127,10 @@ def parse_line(words: list[str], folder: Path, table: Table) -> list[Run]:
         if label.startswith("default"):
             raise UsageError(f"label={label} is for the scripts as they are, give a patch another label")
         try:
-            diff = b"".join((ROOT / path).read_bytes() for path in patch.split(","))
+            for path in patch.split(","):
+                recipe = path.startswith("docs/recipes/")
+                lines = (ROOT / path).read_bytes()
+                diff += re.sub(rb"\bmaddpg_\w+\.py", script.encode(), lines) if recipe else lines
         except OSError as error:
             raise UsageError(f"patch={patch} cannot be read: {error.strerror}") from error
 

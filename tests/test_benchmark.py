@@ -147,6 +147,15 @@ def test_patches_apply_one_after_the_other(programs, tmp_path):
         programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None)
 
 
+def test_a_recipe_is_applied_to_the_script_of_the_line(programs, tmp_path):
+    line = f"{LINE} patch=docs/recipes/sharing.patch"
+    (tmp_path / "runs.txt").write_text(f"{line}\n{line.replace('discrete', 'continuous')}\n")
+    for run in programs.sweep.read_list(tmp_path / "runs.txt", tmp_path, None):
+        programs.sweep.copy_scripts(run.patch, run.diff, tmp_path / run.script)
+        copies = (tmp_path / run.script).iterdir()
+        assert [c.name for c in copies if c.read_bytes() != (ROOT / c.name).read_bytes()] == [run.script]
+
+
 def test_scripts_are_patched_inside_and_outside_of_a_repository(programs, tmp_path, monkeypatch):
     """By what diff or git writes, also where git is told of another repository; and again over the copies."""
     subprocess.run(["git", "init", "-q", tmp_path / "repository"], check=True)
