@@ -204,7 +204,8 @@ def ablations_block(runs: dict) -> str:
     if any("default" in by_variant for by_variant in finals.values()):
         text += (
             "In the picture a large dot is such a difference, filled where 0 lies outside its interval, small dots\n"
-            "are the seeds'; its axes are linear from -1 to 1, beyond that logarithmic.\n\n"
+            "are the seeds'; a variant has the same row in all games, and the axes are linear from -1 to 1, beyond\n"
+            "that logarithmic.\n\n"
             "![differences](ablations.png)\n"
         )
     for env_id, by_variant in finals.items():
@@ -231,29 +232,37 @@ def ablations_block(runs: dict) -> str:
 
 def ablations_picture(runs: dict, path: Path) -> None:
     """Plots of every game that has its default, one for each script: the tables' differences, each seed's a small dot,
-    their mean a large one, filled where its interval leaves out 0."""
+    their mean a large one, filled where its interval leaves out 0. A variant has the same row in all games."""
     finals = {env_id: by_variant for env_id, by_variant in ablations(runs)[0].items() if "default" in by_variant}
-    scripts = scripts_of(*finals.values())
-    size = 5.5 * len(finals), len(scripts) * (1 + 0.22 * max(map(len, finals.values())))
-    figure, all_axes = plt.subplots(len(scripts), len(finals), figsize=size, squeeze=False, layout="constrained")
-    for axes_of_script, script in zip(all_axes, scripts, strict=True):
-        for axes, (env_id, by_variant) in zip(axes_of_script, finals.items(), strict=True):
-            axes.set(title=f"{Path(script).stem}: {env_id}", xlabel="final return of one agent less the default's")
+    shown = {}  # script to game to variant to each seed's difference
+    for script in scripts_of(*finals.values()):
+        for env_id, by_variant in finals.items():
             _, plain = by_variant["default"].get(script, ("", {}))
             variants = {name: differences(by[script][1], plain) for name, by in by_variant.items() if script in by}
-            shown = {name: values for name, values in variants.items() if name != "default" and values}
-            for y, values in enumerate(shown.values()):
+            of_game = {name: values for name, values in variants.items() if name != "default" and values}
+            shown.setdefault(script, {})[env_id] = of_game
+    names = {script: list(dict.fromkeys(sum(map(list, by_game.values()), []))) for script, by_game in shown.items()}
+    heights = [1 + 0.22 * len(rows) for rows in names.values()]
+    size = 1.5 + 4.5 * len(finals), sum(heights)
+    figure, all_axes = plt.subplots(
+        len(shown), len(finals), figsize=size, height_ratios=heights, sharey="row", squeeze=False, layout="constrained"
+    )
+    for axes_of_script, (script, by_game) in zip(all_axes, shown.items(), strict=True):
+        for axes, (env_id, variants) in zip(axes_of_script, by_game.items(), strict=True):
+            axes.set(title=f"{Path(script).stem}: {env_id}", xlabel="final return of one agent less the default's")
+            for name, values in variants.items():
+                y = names[script].index(name)
                 axes.hlines(y, *interval(values), color="C0")
                 axes.plot(np.mean(values), y, "o", color="C0", markerfacecolor="C0" if is_told(values) else "white")
                 axes.plot(values, [y] * len(values), ".", color="black", markersize=3)
             axes.axvline(0, color="gray", linewidth=0.8, linestyle="--")
-            seen = [-1, 1, *sum(shown.values(), [])]
+            seen = [-1, 1, *sum(variants.values(), [])]
             axes.set_xscale("symlog", linthresh=1)  # from -1 to 1 linear: most differences are small, a few huge
             axes.set_xticks(ticks := [-100, -30, -10, -3, -1, -0.5, 0, 0.5, 1, 3, 10], [f"{tick:g}" for tick in ticks])
-            axes.grid(axis="x", alpha=0.3)
+            axes.grid(alpha=0.3)
             axes.set_xlim(1.5 * min(seen), 1.5 * max(seen))  # an interval may be wider
-            axes.set_yticks(range(len(shown)), list(shown), fontsize=8)
-            axes.invert_yaxis()
+        axes.set_yticks(range(len(names[script])), names[script], fontsize=8)
+        axes.set_ylim(len(names[script]) - 0.5, -0.5)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -862,7 +862,7 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
 
     games = {
         "simple_spread_v3": ["default-300k", "terminal", "gamma-0.95", "ddpg"],
-        "simple_tag_v3": ["random-prey-300k", "random-prey-terminal"],
+        "simple_tag_v3": ["random-prey-300k", "random-prey-terminal", "random-prey-gamma-0.95"],
     }
     wanted = [f"maddpg_discrete.py --env-id {game} seeds=1 label={of}\n" for game in games for of in games[game]]
     (tmp_path / "ablations.txt").write_text("".join(["# a comment\n", *wanted]))
@@ -881,6 +881,7 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
     table.append(rows("simple_spread_v3", "gamma-0.95", [-10.0], spread))
     table.append(rows("simple_spread_v3", "ddpg", [-10.0], spread, episodes=100))
     table.append(rows("simple_tag_v3", "random-prey-300k", [5.0], tag))
+    table.append(rows("simple_tag_v3", "random-prey-gamma-0.95", [6.0], tag))
     runs = plot.read_tables([tmp_path / "ablations.csv"])
     assert "ablations.png" not in plot.ablations_block({key: runs[key] for key in runs if key[3] == "terminal"})
     block = plot.ablations_block(runs)
@@ -904,7 +905,8 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
     assert [[*line.get_xdata()] for line in means] == [[-9.5], [0]]
     assert [line.get_markerfacecolor() for line in means] == ["C0", "white"]  # filled: 0 lies outside the interval
     assert [[*line.get_xdata()] for line in of_spread.lines if line.get_marker() == "."] == [[-9, -9.5, -10], [0]]
-    assert not of_tag.get_yticklabels()
+    (row,) = (line for line in of_tag.lines if line.get_marker() == "o")  # its own first, of the variants the second
+    assert [*row.get_ydata()] == [*means[1].get_ydata()] == [1] and of_tag.get_ylim() == of_spread.get_ylim()
 
     page = tmp_path / "ablations.md"
     page.write_text("before\n<!-- begin: plot.py --ablations -->\nold\n<!-- end -->\nafter\n")
