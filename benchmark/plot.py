@@ -262,7 +262,7 @@ def ablations_picture(runs: dict, path: Path) -> None:
             axes.grid(alpha=0.3)
             axes.set_xlim(1.5 * min(seen), 1.5 * max(seen))  # an interval may be wider
         axes.set_yticks(range(len(names[script])), names[script], fontsize=8)
-        axes.set_ylim(len(names[script]) - 0.5, -0.5)
+        axes.set_ylim(max(len(names[script]), 1) - 0.5, -0.5)  # from the top down, also where only the default has run
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
