@@ -110,8 +110,8 @@ VERSUS_DDPG = """
     ablations discrete   simple_speaker_listener_v4 listener  300k default-300k ddpg
     ablations continuous simple_spread_v3           agent     300k default-300k ddpg
     ablations discrete   simple_spread_v3           agent     300k default-300k ddpg
-    ablations continuous simple_tag_v3              adversary 300k random-prey-300k random-prey-ddpg
-    ablations discrete   simple_tag_v3              adversary 300k random-prey-300k random-prey-ddpg
+    ablations continuous simple_tag_v3              adversary 300k random-prey-h100 random-prey-ddpg
+    ablations discrete   simple_tag_v3              adversary 300k random-prey-h100 random-prey-ddpg
 """
 
 
