@@ -97,6 +97,7 @@ RESULTS = """
     marks     continuous simple_reference_v3        agent     1.5M default
     marks     continuous simple_reference_v3        agent     1.5M n-step
     marks     continuous simple_tag_v3              adversary 1M   random-prey
+    marks     continuous simple_tag_v3              adversary 1M   random-prey-gamma-0.95
     marks     discrete   simple_tag_v3              adversary 1M   random-prey
     marks     continuous simple_spread_v3           agent     600k default-600k
     gamma     continuous simple_spread_v3           agent     600k gamma-0.95
