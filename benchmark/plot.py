@@ -176,7 +176,7 @@ def differences(returns: dict[int, float], plain: dict[int, float]) -> list[floa
 
 def is_told(values: list[float]) -> bool:
     """Whether their mean's interval leaves out 0."""
-    low, high = interval(values)
+    low, high = interval(values) if values else (0, 0)
     return low > 0 or high < 0
 
 
@@ -189,6 +189,23 @@ def difference(values: list[float]) -> str:
     return (f"**{mean}**" if is_told(values) else mean) + between
 
 
+def overview(finals: dict) -> str:
+    """A table of all games: the difference where it is told, a dot where it is not."""
+    columns = [(env_id, script) for env_id, by_variant in finals.items() for script in scripts_of(by_variant)]
+    games = {env_id: re.fullmatch(r"(?:simple_)?(.+?)(?:_v\d+)?", env_id)[1] for env_id in finals}
+    head = ["variant"] + [f"{games[env_id]}, {Path(script).stem.removeprefix('maddpg_')}" for env_id, script in columns]
+    lines = [head, ["---"] * len(head)]
+    for name in dict.fromkeys(name for by_variant in finals.values() for name in by_variant if name != "default"):
+        cells = []
+        for env_id, script in columns:
+            _, plain = finals[env_id].get("default", {}).get(script, ("", {}))
+            _, returns = finals[env_id].get(name, {}).get(script, ("", {}))
+            values = differences(returns, plain)
+            cells.append(f"**{np.mean(values):+.2f}**" if is_told(values) else "·" if values else "")
+        lines.append([name, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def ablations_block(runs: dict) -> str:
     """What stands between the markers of docs/ablations.md."""
     finals, missing = ablations(runs)
@@ -197,17 +214,21 @@ def ablations_block(runs: dict) -> str:
             "No run is finished yet. `python benchmark/sweep.py benchmark/lists/ablations.txt` makes them,\n"
             "`python benchmark/plot.py --ablations` the tables.\n"
         )
-    text = (
-        f"Means of {FINAL_EPISODES:,} greedy episodes (95% interval over seeds, number of seeds), and the difference\n"
-        "to the default, seed by seed (95% interval), in bold where 0 lies outside.\n"
-    )
+    text = ""
     if any("default" in by_variant for by_variant in finals.values()):
-        text += (
-            "In the picture a large dot is such a difference, filled where 0 lies outside its interval, small dots\n"
+        text = (
+            "The difference to the default, seed by seed, where its 95% interval leaves out 0; a dot where it does\n"
+            "not. Empty: not run, or no option of that script.\n\n"
+            f"{overview(finals)}\n"
+            "In the picture a large dot is the mean difference, filled where 0 lies outside its interval, small dots\n"
             "are the seeds'; a variant has the same row in all games, and the axes are linear from -1 to 1, beyond\n"
             "that logarithmic.\n\n"
-            "![differences](ablations.png)\n"
+            "![differences](ablations.png)\n\n"
         )
+    text += (
+        f"In the tables: means of {FINAL_EPISODES:,} greedy episodes (95% interval over seeds, number of seeds), and\n"
+        "the difference to the default, seed by seed (95% interval), in bold where 0 lies outside.\n"
+    )
     for env_id, by_variant in finals.items():
         if scripts := scripts_of(by_variant):
             side = next(iter(next(iter(by_variant.values())).values()))[0]
@@ -225,8 +246,8 @@ def ablations_block(runs: dict) -> str:
                 lines.append(cells)
             text += f"\n### {env_id}: return of one {side}\n\n"
             text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        if left := [f"{Path(script).stem} {len(names)}" for script, names in missing.get(env_id, {}).items()]:
-            text += f"\nVariants not run yet, or not to the end, in {env_id}: {', '.join(left)}.\n"
+        if left := [f"{Path(script).stem} {', '.join(names)}" for script, names in missing.get(env_id, {}).items()]:
+            text += f"\nVariants not run yet, or not to the end, in {env_id}: {'; '.join(left)}.\n"
     return text
 
 

@@ -894,7 +894,9 @@ def test_tables_and_picture(plot, tmp_path, monkeypatch):
     assert "| default | 5.00 (1) |  |" in block and "### simple_tag_v3: return of one adversary" in block
     assert "### simple_spread_v3: return of one agent" in block and "ablations.png" in block
     missing = re.findall(r"^Variants not run yet, or not to the end, in (.+)$", block, re.M)
-    assert missing == ["simple_spread_v3: maddpg_discrete 1.", "simple_tag_v3: maddpg_discrete 1."]
+    assert missing == ["simple_spread_v3: maddpg_discrete ddpg.", "simple_tag_v3: maddpg_discrete terminal."]
+    assert "| variant | spread, discrete | tag, discrete |\n| --- | --- | --- |\n" in block
+    assert "|\n| terminal | **-9.50** |  |\n| gamma-0.95 | · | · |\n\n" in block
 
     figures = []
     monkeypatch.setattr(plot.plt, "close", figures.append)
