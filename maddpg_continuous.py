@@ -253,8 +253,10 @@ def make_game(
         game = aec_to_parallel(game)
     elif isinstance(game, gym.Env):
         game = OneAgentGame(game)
-    if not isinstance(game, pettingzoo.ParallelEnv) or not getattr(game, "possible_agents", None):
-        raise UsageError(f"--env-id {env_id}: parallel_env must give a pettingzoo.ParallelEnv with possible_agents")
+    agents = getattr(game, "possible_agents", None)
+    if not isinstance(game, pettingzoo.ParallelEnv) or not agents or not all(isinstance(a, str) for a in agents):
+        hint = "parallel_env must give a pettingzoo.ParallelEnv with possible_agents, whose names are strings"
+        raise UsageError(f"--env-id {env_id}: {hint}")
     return game
 
 
@@ -478,6 +480,7 @@ class Networks(nn.Module):
 
     def __init__(self, games: Games, args: Args):
         super().__init__()
+        self.agents = games.agents
         masks = torch.from_numpy(games.obs_mask), torch.from_numpy(games.action_mask)
         self.actor = Actor(*masks, args.hidden_dim)
         self.critic = Critic(*masks, args.hidden_dim, central=~match_agents(args.ddpg_agents, games.agents))
@@ -487,10 +490,12 @@ class Networks(nn.Module):
         self.register_buffer("random_agents", at_random if at_random.any() else None, persistent=False)
         self.register_buffer("learns", (~at_random).float(), persistent=False)
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """`load_state_dict`, with a `UsageError` where the state is that of another game or another script."""
+    def restore(self, saved: dict[str, Any]) -> None:
+        """`load_state_dict` of what `load` returned; `UsageError` where that is of another game or another script."""
+        if saved["agents"] != self.agents:  # in another order they might load
+            raise UsageError(f"the saved agents are {', '.join(saved['agents'])}, the game's {', '.join(self.agents)}")
         try:
-            self.load_state_dict(state)
+            self.load_state_dict(saved["networks"])
         except RuntimeError as error:
             raise UsageError(f"the saved networks are of another kind: {' '.join(str(error).split())[:300]}") from error
 
@@ -688,7 +693,10 @@ def save_film(networks: Networks, make: Callable[..., pettingzoo.ParallelEnv], p
             returns[agent] = returns.get(agent, 0) + reward
         if len(played) % every:
             return result
-        picture = ImageOps.contain(Image.fromarray(games.games[0].render()), (350, 350))
+        picture = games.games[0].render()
+        if picture is None:
+            raise UsageError("--capture-video: the game's render() returns no picture")
+        picture = ImageOps.contain(Image.fromarray(picture), (350, 350))
         picture = ImageOps.expand(picture, (0, 16, 0, 0), "white")
         sides = " ".join(f"{side} {value}" for side, value in by_side(list(returns), list(returns.values())).items())
         title = f"episode {episode + 1} step {len(played) + 1} {sides}"
@@ -819,14 +827,18 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     keep_freed_memory()
     make = game_maker(args)
     if args.capture_video:
-        make(render_mode="rgb_array")  # refuses games without pictures at once
+        make(render_mode="rgb_array")  # refuses games that cannot make pictures at once
     eval_games = Games(make, min(args.eval_episodes, 10))
     agents, networks, eval_seed = eval_games.agents, Networks(eval_games, args), args.seed + EVAL_SEEDS
+    if saved:
+        networks.restore(saved)
     about = {"args": asdict(args) | {"resume": None}, "agents": agents}
     begins_at = saved["progress"][0] if saved else 0
     last_step = args.total_timesteps // args.num_envs * args.num_envs
     bar = tqdm(initial=begins_at, total=last_step, unit=" steps", dynamic_ncols=True, delay=0.1)
     with bar, start_games(make, args) as (envs, stops):  # workers start before CUDA does
+        if args.num_workers and any(names != agents for names in envs.get_attr("agents")):
+            raise UsageError(f"--env-id {args.env_id}: possible_agents must have the same order in every process")
         device = torch.device("cuda" if args.cuda else "cpu")
         networks.to(device)
         # One Adam for all agents: it works element by element, and they share no parameter
@@ -912,7 +924,6 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
         seed = [args.seed] * args.num_workers if args.num_workers else args.seed
         data = join(envs.reset(seed=seed, options=saved and {"histories": saved["histories"]}))
         if saved:
-            networks.restore(saved["networks"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             rb.added, rows = saved["added"], saved.pop("rows")
@@ -991,7 +1002,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
             trained, evaluated_at = evaluate_and_log()[0], global_step
         checkpoint() if args.checkpoint_frequency else check_networks()
         writer.close()
-    save({**about, "networks": networks.state_dict()}, run / "model.pt")
+    save({**about, "networks": networks.state_dict(), "step": global_step}, run / "model.pt")
     if stops:
         hint = f"; go on with --resume {run}" if args.checkpoint_frequency else ""
         print(f"stopped at step {global_step}{hint}", file=sys.stderr)
@@ -1015,9 +1026,11 @@ def play(args: Args) -> np.ndarray:
     make = game_maker(args)
     games = Games(functools.partial(make, render_mode="human") if args.render else make, 1 if args.render else 10)
     networks, eval_seed = Networks(games, args), args.seed + EVAL_SEEDS
-    networks.restore(load(args.evaluate, "model.pt")["networks"])
+    saved = load(args.evaluate, "model.pt")
+    networks.restore(saved)
     returns, _ = evaluate(networks, games, args.eval_episodes, eval_seed, networks.random_agents)
-    print(f"mean greedy return +- 1.96 standard errors, {len(returns)} episodes")
+    step = saved.get("step", "an unknown step")  # older files do not say
+    print(f"policies of step {step}: mean greedy return +- 1.96 standard errors, {len(returns)} episodes")
     for agent, values in zip(games.agents, returns.T, strict=True):
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
         print(f"{agent:34}{values.mean():13.2f} +- {1.96 * error:.2f}")

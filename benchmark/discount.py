@@ -109,7 +109,7 @@ def measure(run: str, states: int) -> list:
     make = functools.partial(maddpg.make_game, args.env_id, {"max_cycles": 10_000}, continuous_actions=False)
     games, source = maddpg.Games(make, COPIES * 5), maddpg.Games(make, 1)
     networks = maddpg.Networks(source, args).requires_grad_(False)
-    networks.restore(saved["networks"])
+    networks.restore(saved)
     table = np.stack([tried(networks, games, source, args.gamma, seed) for seed in range(states)])
     q_values, copies, rest = table[:, 0], table[:, 1 : COPIES + 1], table[:, COPIES + 1 :].mean(1)
     returns = copies.mean(1)

@@ -104,7 +104,7 @@ def measure(run: str, args: Args) -> list[list]:
     if games.n_choices > 1 or games.relaxed:
         raise maddpg.UsageError(f"{run}: the exact gradient needs one choice per agent")
     networks = maddpg.Networks(games, maddpg.Args(**saved["args"])).requires_grad_(False)
-    networks.restore(saved["networks"])
+    networks.restore(saved)
     obs, actions = played(networks, games, args.states)
     exact, lines = exact_gradient(networks, obs, actions), []
     name = "{exp_name}/{env_id}/{seed}/{total_timesteps}".format(**saved["args"])

@@ -129,7 +129,7 @@ def measure(run: str, args: argparse.Namespace) -> list[list]:
         raise maddpg.UsageError(f"{run}: must be a run of simple_tag_v3 with --random-agents agent, without --relaxed")
     games = maddpg.Games(maddpg.game_maker(trained), 10)
     networks = maddpg.Networks(games, trained).requires_grad_(False)
-    networks.restore(saved["networks"])
+    networks.restore(saved)
     actor, policy, lines = networks.actor, networks.actor.forward, []
     name = "{exp_name}/{env_id}/{seed}/{total_timesteps}".format(**saved["args"])
     by_rollouts = args.horizon, args.rollouts

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, is_discrete, make_args, make_games
+from games import Memory
 
 MODULES = {
     "needs_more": "import a_package_that_is_missing\nparallel_env = None",
@@ -20,6 +21,8 @@ MODULES = {
     "mine": "import games\nparallel_env = games.parallel_env",
     "blind": "def parallel_env():\n    pass",
     "faulty": "parallel_env = None.game",
+    "numbered": "import games\ndef parallel_env():\n    game = games.Memory(True)\n"
+    "    game.possible_agents = [0, 1]\n    return game",
     "file_missing": "def parallel_env():\n    open('nothing_of_that_name')",
 }
 
@@ -32,6 +35,7 @@ BOTH = {
     "sequence": (["--env-id", "mine", "--env-kwargs", '{"kind": "sequence"}'], ["agent_0", "Sequence"]),
     "action_mask": (["--env-id", "mine", "--env-kwargs", '{"kind": "masked"}'], ["agent_0", "action_mask"]),
     "no_game": (["--env-id", "mine", "--env-kwargs", '{"kind": "no_game"}'], ["mine", "ParallelEnv"]),
+    "numbered": (["--env-id", "numbered"], ["numbered", "names are strings"]),
     "not_parallel": (["--env-id", "turn_based"], ["turn_based", "parallel_env"]),
     "classic": (["--env-id", "classic/chess_v6"], ["classic/chess_v6"]),
     "in_turn": (["--env-id", "classic/chess-v6"], ["classic/chess-v6", "no parallel interface"]),
@@ -183,6 +187,30 @@ def test_a_resumed_run_gets_one_line_too(name, monkeypatch, capsys):
         script.save(checkpoint, run / "checkpoint.pt")
         script.main(script.Args(**checkpoint["args"] | {"resume": str(run), "total_timesteps": steps}))
         capsys.readouterr()
+
+
+def test_agents_in_another_order_are_refused(script, monkeypatch):
+    """Their networks have the same shapes, and would play each other's part: resumed, played, in worker processes."""
+    run = script.main(make_args(script, env_id="memory"))[2]
+    parent, made = os.getpid(), Memory.__init__
+
+    def turned(self, *args):
+        made(self, *args)
+        self.possible_agents.reverse()
+
+    def turned_elsewhere(self, *args):
+        made(self, *args)
+        self.possible_agents.sort(reverse=os.getpid() != parent)
+
+    files = {*run.iterdir()}
+    monkeypatch.setattr(Memory, "__init__", turned)
+    for command, end in (script.main, dict(resume=str(run))), (script.play, dict(evaluate=str(run))):
+        with pytest.raises(script.UsageError, match="saved agents are left, right, the game's right, left"):
+            command(make_args(script, env_id="memory", **end))
+    assert {*run.iterdir()} == files
+    monkeypatch.setattr(Memory, "__init__", turned_elsewhere)
+    with pytest.raises(script.UsageError, match="same order in every process"):
+        script.main(make_args(script, env_id="memory", num_workers=1))
 
 
 @pytest.mark.filterwarnings("ignore:cut off an episode")

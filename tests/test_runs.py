@@ -402,7 +402,7 @@ def test_the_saved_model_is_the_trained_one(script):
     assert saved["args"]["env_id"] == "simple_spread_v3"
 
 
-def test_others_may_act_at_random_when_a_model_is_played(script):
+def test_others_may_act_at_random_when_a_model_is_played(script, capsys):
     """--evaluate with --random-agents: the trained guard beside scouts at random, whoever was so in training."""
     run = script.main(make_args(script, random_agents=("guard",)))[2]
     saved = script.load(str(run), "model.pt")
@@ -417,6 +417,7 @@ def test_others_may_act_at_random_when_a_model_is_played(script):
     for names, mask in ((), None), (("scout",), [True, True, False]), (("guard",), [False, False, True]):
         mask = mask and torch.tensor(mask)
         assert np.array_equal(play(*names), script.evaluate(networks, games, 20, 1 + script.EVAL_SEEDS, mask)[0])
+        assert "policies of step 300: " in capsys.readouterr().out
 
 
 def test_film_of_a_long_game(script, tmp_path):
@@ -433,6 +434,9 @@ def test_film_of_a_long_game(script, tmp_path):
     game.length = 1
     with pytest.raises(script.UsageError, match="cannot be written"):
         script.save_film(networks, lambda **_: game, tmp_path / "nowhere" / "film.gif", 1)
+    game.render = lambda: None  # as of a game that takes `render_mode` and draws nothing
+    with pytest.raises(script.UsageError, match="returns no picture"):
+        script.save_film(networks, lambda **_: game, tmp_path / "film.gif", 1)
 
 
 def test_film_of_a_game_that_an_agent_joins(script, tmp_path, monkeypatch):
