@@ -848,7 +848,10 @@ def keep_freed_memory() -> None:
 
 
 def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
-    """Trains; returns networks, replay buffer and run folder. Wrong arguments raise `UsageError`, nothing written."""
+    """Trains; returns networks, replay buffer and run folder. Wrong arguments raise `UsageError`, nothing written.
+
+    It takes up Ctrl-C and SIGTERM, as only a process's main thread can.
+    """
     if args.cuda and not torch.cuda.is_available():
         hint = "which this run needs" if args.resume else "leave the flag out"
         raise UsageError(f"--cuda: PyTorch finds no GPU, {hint}")
