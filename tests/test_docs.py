@@ -112,7 +112,9 @@ LEVERS = """
     ablations continuous simple_speaker_listener_v4 listener  300k default-300k original-cadence gamma-0.95
     ablations discrete   simple_speaker_listener_v4 listener  300k default-300k original-cadence gamma-0.95
     ablations continuous simple_tag_v3              adversary 300k random-prey-300k random-prey-original-cadence
+    ablations continuous simple_tag_v3              adversary 300k random-prey-gamma-0.95
     ablations discrete   simple_tag_v3              adversary 300k random-prey-300k random-prey-original-cadence
+    ablations discrete   simple_tag_v3              adversary 300k random-prey-gamma-0.95
 """
 VERSUS_DDPG = """
     ablations continuous simple_speaker_listener_v4 listener  300k default-300k ddpg
