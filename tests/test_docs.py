@@ -127,7 +127,7 @@ VERSUS_DDPG = """
 
 
 def final_returns(table, script, game, side, steps, label):
-    """By seed: the mean over the side's agents, 1,000 episodes at the end of a run."""
+    """In the order of seeds: the mean over the side's agents, 1,000 episodes at the end of a run."""
     returns = {}
     at = str(round(float(steps[:-1]) * {"k": 1_000, "M": 1_000_000}[steps[-1]]))
     with open(REPOSITORY / f"benchmark/results/{table}.csv") as file:
@@ -135,7 +135,7 @@ def final_returns(table, script, game, side, steps, label):
             of_run = row["script"], row["env_id"], row["label"], row["global_step"], row["episodes"]
             if of_run == (f"maddpg_{script}.py", game, label, at, "1000") and row["agent"].startswith(side):
                 returns.setdefault(row["seed"], []).append(float(row["episodic_return"]))
-    return [statistics.fmean(values) for values in returns.values()]
+    return [statistics.fmean(returns[seed]) for seed in sorted(returns)]
 
 
 def test_tables_of_the_readme_are_those_of_the_rows():
@@ -155,6 +155,26 @@ def test_tables_of_the_readme_are_those_of_the_rows():
         for cell, value in zip(cells, exact, strict=True):
             decimals = len(cell.partition(".")[2])
             assert float(cell) == pytest.approx(value, abs=0.501 * 10**-decimals)
+
+
+def test_differences_on_a_gpu_and_of_both_are_those_of_the_rows():
+    """The last table of docs/ablations.md: seed by seed to the default of the same machine, three runs and all six."""
+    page = (REPOSITORY / "docs/ablations.md").read_text()
+    head = "| variant | continuous, GPU | both | discrete, GPU | both |\n|---|---|---|---|---|\n"
+    lines = re.match(r"(?:\|.*\n)+", page[page.index(head) + len(head) :])[0].splitlines()
+    for name, *cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines):
+        for script, *shown in ("continuous", *cells[:2]), ("discrete", *cells[2:]):
+            found = []
+            for table, cell in zip(("gpu", "ablations"), shown, strict=True):
+                about = table, script, "simple_tag_v3", "adversary", "300k"
+                returns, plain = (final_returns(*about, f"random-prey-{label}") for label in (name, "300k"))
+                found += [value - other for value, other in zip(returns, plain, strict=False)]
+                if cell:
+                    half = {3: 4.302653, 6: 2.570582}[len(found)]
+                    half *= statistics.stdev(found) / len(found) ** 0.5
+                    mean = statistics.fmean(found)
+                    bold = "**" if abs(mean) > half else ""
+                    assert cell == f"{bold}{mean:+.2f}{bold} ({mean - half:+.2f} to {mean + half:+.2f})"
 
 
 def test_the_target_actors_of_every_run_have_more():
