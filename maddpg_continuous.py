@@ -255,8 +255,7 @@ def make_game(
         game = OneAgentGame(game)
     agents = getattr(game, "possible_agents", None)
     if not isinstance(game, pettingzoo.ParallelEnv) or not agents or not all(isinstance(a, str) for a in agents):
-        hint = "parallel_env must give a pettingzoo.ParallelEnv with possible_agents, whose names are strings"
-        raise UsageError(f"--env-id {env_id}: {hint}")
+        raise UsageError(f"--env-id {env_id}: parallel_env must give a ParallelEnv whose possible_agents are strings")
     return game
 
 
@@ -830,7 +829,7 @@ def main(args: Args) -> tuple[Networks, ReplayBuffer, Path]:
     keep_freed_memory()
     make = game_maker(args)
     if args.capture_video:
-        make(render_mode="rgb_array")  # refuses games that cannot make pictures at once
+        make(render_mode="rgb_array")  # refuses games that do not take it, before anything is written
     eval_games = Games(make, min(args.eval_episodes, 10))
     agents, networks, eval_seed = eval_games.agents, Networks(eval_games, args), args.seed + EVAL_SEEDS
     if saved:

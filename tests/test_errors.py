@@ -35,7 +35,7 @@ BOTH = {
     "sequence": (["--env-id", "mine", "--env-kwargs", '{"kind": "sequence"}'], ["agent_0", "Sequence"]),
     "action_mask": (["--env-id", "mine", "--env-kwargs", '{"kind": "masked"}'], ["agent_0", "action_mask"]),
     "no_game": (["--env-id", "mine", "--env-kwargs", '{"kind": "no_game"}'], ["mine", "ParallelEnv"]),
-    "numbered": (["--env-id", "numbered"], ["numbered", "names are strings"]),
+    "numbered": (["--env-id", "numbered"], ["numbered", "possible_agents are strings"]),
     "not_parallel": (["--env-id", "turn_based"], ["turn_based", "parallel_env"]),
     "classic": (["--env-id", "classic/chess_v6"], ["classic/chess_v6"]),
     "in_turn": (["--env-id", "classic/chess-v6"], ["classic/chess-v6", "no parallel interface"]),
