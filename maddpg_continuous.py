@@ -105,7 +105,7 @@ class Args:
     """Adam step size of the critics (paper: 1e-2)"""
     gamma: float = 0.8
     """discount per step (paper: 0.95). 0.8 looks about 5 steps ahead, best where every step is rewarded, as in
-    simple_spread; longer plans, as in Pendulum-v1, and a prey that learns, as in simple_tag, want 0.95 to 0.99"""
+    simple_spread; longer plans, as in Pendulum-v1, and chases, as in simple_tag, want 0.95 to 0.99"""
     tau: float = 0.01
     """fraction of the way that the target networks move in each round, Polyak averaging (original code: the same)"""
     batch_size: int = 1024

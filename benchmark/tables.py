@@ -4,6 +4,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import statistics
@@ -73,10 +74,9 @@ class Table:
         values = dict(zip(COLUMNS, row, strict=True))
         try:
             _ = [int(values[name]) for name in ("seed", "global_step", "episodes")]
-            _ = [float(values[name]) for name in ("wall_clock_s", "episodic_return")]
+            return all(math.isfinite(float(values[name])) for name in ("wall_clock_s", "episodic_return"))
         except ValueError:
             return False
-        return True
 
     @staticmethod
     def key(row: list) -> tuple:

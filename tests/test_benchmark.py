@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -195,17 +196,22 @@ def test_no_row_comes_twice_and_an_unfinished_one_is_dropped(programs, tmp_path)
     assert rows(path) == [] == rows(path)
 
 
-@pytest.mark.parametrize("place, value", [(3, "one"), (4, "1.5"), (5, "?"), (7, "-26.x"), (8, ""), (9, "abc,d")])
-def test_a_broken_row_gets_one_line(programs, tmp_path, place, value):
+@pytest.mark.parametrize(
+    "place, value",
+    [(3, "one"), (4, "1.5"), (5, "?"), (5, "inf"), (7, "-26.x"), (7, "nan"), (8, ""), (9, "abc,d")],
+)
+def test_a_broken_row_gets_one_line(programs, tmp_path, capsys, place, value):
     """A number that is none, or a column too many."""
-    path = tmp_path / "t.csv"
+    path, runs = tmp_path / "t.csv", tmp_path / "t.txt"
+    runs.write_text(LINE)
+    words = [str(runs), "--folder", str(tmp_path / "runs"), "--results", str(tmp_path)]
     programs.tables.Table(path).append([ROW])
     path.write_text(path.read_text() + ",".join(map(str, [*ROW[:place], value, *ROW[place + 1 :]])) + "\n")
-    with pytest.raises(programs.tables.UsageError, match=r"t\.csv:3"):
-        programs.tables.Table(path)
+    assert programs.sweep.main(words) == 2
+    assert re.fullmatch(r"sweep\.py: \S*t\.csv:3: [^\n]+\n", capsys.readouterr().err)
     path.write_bytes(b"\xff")
-    with pytest.raises(programs.tables.UsageError, match=r"t\.csv is no table"):
-        programs.tables.Table(path)
+    assert programs.sweep.main(words) == 2
+    assert re.fullmatch(r"sweep\.py: \S*t\.csv is no table: [^\n]+\n", capsys.readouterr().err)
 
 
 def test_a_reader_leaves_a_row_that_is_being_written(programs, tmp_path):
@@ -243,8 +249,10 @@ def test_original_cadence_is_not_the_original(programs):
         assert [value for value, _ in programs.tables.levels(*about, label, "agent")] == [-12.1, -9.8, -8.4]
 
 
-def test_two_sweeps_on_one_folder_do_not_mix(programs, tmp_path, capsys):
-    with programs.sweep.hold(tmp_path / "runs" / "sweep.lock"):
+@pytest.mark.parametrize("lock", ["runs/sweep.lock", "small.lock"])
+def test_two_sweeps_on_one_folder_do_not_mix(programs, tmp_path, lock):
+    """Nor on one table, with folders of their own."""
+    with programs.sweep.hold(tmp_path / lock):
         (tmp_path / "small.txt").write_text(LINE)
         process = command(tmp_path, tmp_path / "small.txt", stderr=subprocess.PIPE)
         try:
@@ -252,7 +260,7 @@ def test_two_sweeps_on_one_folder_do_not_mix(programs, tmp_path, capsys):
         finally:
             process.kill()
     assert process.returncode == 2 and len(said) == 1 and f"process {os.getpid()}" in said[0]
-    with programs.sweep.hold(tmp_path / "runs" / "sweep.lock"):
+    with programs.sweep.hold(tmp_path / lock):
         pass
 
 
