@@ -318,7 +318,7 @@ def recorder(choose, asked):
 
 def test_policy_warmup(folder, monkeypatch):
     """Training never asks for random play; without the patch it does in the first steps, for all."""
-    for plain, script in both("policy-warmup", folder):
+    for plain, script in *both("policy-warmup", folder), *both("original-start", folder, "D"):
         for module, random_steps in (plain, 10), (script, 0):
             asked = []
             with monkeypatch.context() as patched:
@@ -388,6 +388,20 @@ def test_small_initial(folder):
                 getattr(big, stack).named_parameters(), getattr(small, stack).parameters(), strict=True
             ):
                 torch.testing.assert_close(now, was * (0.01 if "layer_3" in name else 1))
+
+
+def test_original_start(folder):
+    """Weights uniform within sqrt(6 / (inputs + outputs)), by each agent's own inputs, as TensorFlow's; biases 0."""
+    ((_, script),) = both("original-start", folder, "D")
+    _, games, networks, _ = build(script)
+    joint = int(games.obs_mask.sum() + games.action_mask.sum())
+    for stack, widths in (networks.actor, games.obs_mask.sum(1)), (networks.critic, [joint] * len(games.agents)):
+        for layer in stack.layer_1, stack.layer_2, stack.layer_3:
+            assert (layer.bias == 0).all()
+            for weight, n in zip(layer.weight, widths, strict=True):
+                bound = (6 / (n + weight.shape[1])) ** 0.5
+                assert (weight[n:] == 0).all() and 0.8 * bound < weight[:n].abs().max() <= bound
+            widths = [layer.weight.shape[2]] * len(games.agents)
 
 
 def rates_of(optimizers):
@@ -787,10 +801,10 @@ def test_every_patch_is_in_a_list_under_its_name():
             path = ROOT / settings["patch"]
             used.add(path.stem)
             assert settings["label"].removeprefix("random-prey-") == path.stem
-    assert used >= PATCHES.keys() - {"original", "original-environment"}
-    original = [f"benchmark/ablations/{name}.patch" for name in ("original", "original-environment")]
-    assert {settings.get("patch") for settings in lines("parity")} >= {original[0]}
-    assert {settings.get("patch") for settings in lines("original")} == {",".join(original)}
+    original = {"original", "original-start", "original-environment"}
+    assert used >= PATCHES.keys() - original
+    paths = [settings.get("patch", "") for name in ("parity", "original") for settings in lines(name)]
+    assert set(",".join(filter(None, paths)).split(",")) == {f"benchmark/ablations/{name}.patch" for name in original}
 
 
 def test_the_page_names_every_variant(plot):
