@@ -156,14 +156,16 @@ def result_rows(run, label: str) -> list[list]:
 # script, game, how the label begins, side (as in `sides`), return of one agent, whose and after how many steps, source.
 # On GitHub: openai/maddpg, google/maddpg-replication, wsjeon/maddpg-rllib, uoe-agents/epymarl, agi-brain/xuance,
 # PKU-MARL/HARL, legalaspro/maddpg-zoo-torch. simple_spread of OpenAI's environment and of EPyMARL pays each agent
-# -(3 G + C + 75) an episode, with G the summed distances and C the contacts, mpe2 -(3 G + C) / 6 on average; there a
-# position follows a step later, which costs another 1.2, taken off all of these but for the two of google's logs.
-# Those logs have -40 and -33 for DDPG, sum of 3 agents, which no picture shows.
+# -(3 G + C + 75) an episode, with G the summed distances and C the contacts, mpe2 -(3 G + C) / 6 on average; in mpe2 a
+# position follows a step later, for which another 1.2 is taken off, but of google's logs beside relaxed actions. It
+# costs two policies that played in both 0.8 (results/lag.csv). Those logs have -40 and -33 for DDPG, sum of 3 agents,
+# which no picture shows.
 LEVELS = [
     ("continuous", "simple_spread_v3", "", "agent", -9.0, "XuanCe MADDPG, 5M", "XuanCe's benchmark curves, 5 seeds"),
     ("continuous", "simple_spread_v3", "", "agent", -10.2, "legalaspro, 1.5M", "maddpg-zoo-torch's data, 1 seed"),
     ("continuous", "simple_spread_v3", "", "agent", -8.1, "script: i to landmark i", "simulated on mpe2 1.1.1"),
     ("discrete", "simple_spread_v3", "", "agent", -12.1, "openai/maddpg, 1.5M", "maddpg-rllib's plots, 10 runs"),
+    ("discrete", "simple_spread_v3", "", "agent", -8.9, "google's log, 5M", "google/maddpg-replication: -23 / 3 - 1.2"),
     ("discrete", "simple_spread_v3", "", "agent", -9.8, "QMIX, 2M", "EPyMARL, arXiv 2006.07869"),
     ("discrete", "simple_spread_v3", "", "agent", -8.4, "MAPPO, 10M", "EPyMARL, arXiv 2006.07869"),
     ("discrete", "simple_spread_v3", "relaxed", "agent", -35 / 3, "google's log, 625k", "google/maddpg-replication"),

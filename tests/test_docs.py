@@ -103,6 +103,10 @@ RESULTS = """
     gamma     continuous simple_spread_v3           agent     600k gamma-0.95
     marks     discrete   simple_spread_v3           agent     600k default-600k
     gamma     discrete   simple_spread_v3           agent     600k gamma-0.95
+    marks     continuous simple_speaker_listener_v4 listener  1M   default
+    gamma     continuous simple_speaker_listener_v4 listener  1M   gamma-0.95
+    marks     discrete   simple_speaker_listener_v4 listener  1M   default
+    gamma     discrete   simple_speaker_listener_v4 listener  1M   gamma-0.95
     main_job  discrete   simple_tag_v3              adversary 100k default
     gamma     discrete   simple_tag_v3              adversary 200k default gamma-0.95
 """
@@ -175,6 +179,18 @@ def test_differences_on_a_gpu_and_of_both_are_those_of_the_rows():
                     mean = statistics.fmean(found)
                     bold = "**" if abs(mean) > half else ""
                     assert cell == f"{bold}{mean:+.2f}{bold} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
+def test_what_the_original_environment_is_worth():
+    """README: 0.8 to each agent of the same policies, both times; there a return is 6 times mpe2's less 75."""
+    returns = {}
+    with open(REPOSITORY / "benchmark/results/lag.csv") as file:
+        for row in csv.DictReader(file):
+            returns.setdefault((row["label"], row["environment"]), []).append(float(row["episodic_return"]))
+    for label in {label for label, _ in returns}:
+        original, mpe2 = (statistics.fmean(returns[label, environment]) for environment in ("original", "mpe2"))
+        assert (original + 75) / 6 - mpe2 == pytest.approx(0.8, abs=0.06)
+        assert (original + 75) / 2 - 3 * mpe2 == pytest.approx(2.4, abs=0.06)
 
 
 def test_the_target_actors_of_every_run_have_more():
