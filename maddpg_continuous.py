@@ -104,14 +104,14 @@ class Args:
     critic_learning_rate: float = 1e-3
     """Adam step size of the critics (paper: 1e-2)"""
     gamma: float = 0.8
-    """discount per step (paper: 0.95). 0.8 looks about 5 steps ahead, best where every step is rewarded, as in
+    """discount per step (paper: 0.95). 0.8 looks about 5 steps ahead, best where actions pay off soon, as in
     simple_spread; longer plans, as in Pendulum-v1, and chases, as in simple_tag, want 0.95 to 0.99"""
     tau: float = 0.01
     """fraction of the way that the target networks move in each round, Polyak averaging (original code: the same)"""
     batch_size: int = 1024
     """steps in the batch of a round, drawn with replacement, the same for all agents (original code: one each)"""
     buffer_size: int = 1_000_000
-    """steps that the replay buffer holds: few forget old policies and the random start sooner, many hold more variety.
+    """steps that the replay buffer holds: fewer forget old policies and the random start sooner, more keep variety.
     Discrete: 100,000, since the start's random messages teach that messages mean nothing (original code: 1 million)"""
     learning_starts: int = 10_000
     """environment steps of random play before the first round (original code: 25,600, played by the policies)"""
@@ -142,7 +142,7 @@ class Args:
     capture_video: bool = False
     """save a GIF of greedy episodes with every evaluation (no display needed)"""
     render: bool = False
-    """with --evaluate: show the episodes in a window"""
+    """with --evaluate: play in render mode human, in which games show a window"""
     eval_frequency: int | None = None
     """environment steps between greedy evaluations. Default: 20 times those of one evaluation (mpe2: 50,000)"""
     eval_episodes: int = 100
@@ -525,7 +525,7 @@ class ReplayBuffer:
         obs, action = games.obs_mask.shape, games.action_mask.shape
         self.shapes = Transitions(obs, obs, action, *[obs[:1]] * 4)
         self.widths = [math.prod(shape) for shape in self.shapes]
-        self.rows = torch.zeros(size, sum(self.widths), device=device)  # takes up memory only as it fills
+        self.rows = torch.zeros(size, sum(self.widths), device=device)  # on a CPU memory is taken only as it fills
         self.added = 0
 
     def add(self, *fields: np.ndarray) -> None:
@@ -615,7 +615,7 @@ def update(networks: Networks, optimizers: tuple, data: Transitions, args: Args)
 
 
 class OneLaunch:
-    """`update` as one CUDA graph: all its kernels, handed to a GPU in one call, where a small round waits for each.
+    """`update` as one CUDA graph: all its kernels go to a GPU in one call; a small round spends most time on calls.
 
     A replay runs no Python and finds everything at the addresses of the recording: each batch is copied into the
     recorded one, branches and numbers of Python stay as they were, and the next round overwrites the losses. Three

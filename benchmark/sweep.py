@@ -203,7 +203,9 @@ def train(root: str, script: str, flags: list[str], seed: int, folder: str, step
     ended it holds the lock of the run's folder, for which the run's next attempt waits.
     """
     folder, environment = Path(folder), os.environ | {"OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"}
-    sys.path.insert(0, root)
+    # A game of the user's lies in the repository, which a patched copy does not
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    sys.path[:0] = [root, str(ROOT)]
     module = importlib.import_module(Path(script).stem)  # before it trains: somebody may edit the script meanwhile
     with open(folder / "lock", "w") as lock, open(folder / "log.txt", "a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)

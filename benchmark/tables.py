@@ -38,10 +38,10 @@ def append(path: Path, columns: list[str], lines: list[list]) -> None:
 
 
 def load_script(name: str, folder: Path = ROOT):
-    """The module of one of the two scripts, or of its copy in another folder."""
+    """The module of one of the two scripts, or of its copy in another folder. The repository's games can be imported."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
     if folder == ROOT:
-        if str(ROOT) not in sys.path:
-            sys.path.insert(0, str(ROOT))
         return importlib.import_module(Path(name).stem)
     spec = importlib.util.spec_from_file_location(str(folder / Path(name).stem), folder / name)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -469,6 +469,14 @@ def test_csv_logger_writes_what_tensorboard_would(trained):
     assert whole.keys() == others.keys()
 
 
+@pytest.mark.parametrize("unfinished", ["losses/cri", "charts/SPS,10", "charts/SPS,1000,63"])
+def test_csv_logger_drops_a_line_that_was_being_written(script, patched, tmp_path, unfinished):
+    head = "tag,step,value\ncharts/SPS,500,630.5\n"
+    (tmp_path / "scalars.csv").write_text(head + unfinished)
+    patched("csv_logger", script.__name__).CSVWriter(tmp_path, 2000).add_scalar("charts/SPS", 631.5, 2000)
+    assert (tmp_path / "scalars.csv").read_text() == f"{head}charts/SPS,2000,631.5\n"
+
+
 def test_csv_logger_goes_on_with_weights_and_biases(script, patched, working_folder, monkeypatch):
     (working_folder / "wandb.py").write_text("sent = []\ninit = dict\nlog = lambda *x, **y: sent.append((x, y))\n")
     monkeypatch.syspath_prepend(working_folder)

@@ -288,12 +288,16 @@ PAID = '        data["rewards"][g, acts] = [rewards[agent] for agent in acting]\
 
 
 def test_a_patched_script_plays_its_run_itself(tmp_path):
-    """Training's evaluations and the last rows are the patched script's: there a step pays 7, and has 25 steps."""
+    """Training's evaluations and the last rows are the patched script's: there a step pays 7, and has 25 steps. It
+    finds a game of the user's own too."""
     patch(tmp_path / "a.patch", "maddpg_discrete.py", PAID, PAID.replace("rewards[agent] for", "7.0 for"))
-    (tmp_path / "small.txt").write_text(f"{LINE} patch={tmp_path}/a.patch\n")
+    line = f"{LINE} patch={tmp_path}/a.patch\n"
+    (tmp_path / "small.txt").write_text(line + line.replace("simple_v3", "docs.recipes.my_game"))
     process = command(tmp_path, tmp_path / "small.txt", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.wait(120) == 0, process.stderr.read()
     found = rows(tmp_path / "small.csv")
+    assert {row["episodes"] for row in found if row["env_id"] == "docs.recipes.my_game"} == {"100", "1000"}
+    found = [row for row in found if row["env_id"] == "simple_v3"]
     assert {(row["script"], row["label"], float(row["episodic_return"])) for row in found} == {
         ("maddpg_discrete.py", "small", 175.0)
     }
