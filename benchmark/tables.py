@@ -38,7 +38,7 @@ def append(path: Path, columns: list[str], lines: list[list]) -> None:
 
 
 def load_script(name: str, folder: Path = ROOT):
-    """The module of one of the two scripts, or of its copy in another folder. The repository's games can be imported."""
+    """The module of one of the two scripts, or of its copy elsewhere, which can import the repository's games."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     if folder == ROOT:
