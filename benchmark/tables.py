@@ -211,7 +211,7 @@ def levels(script: str, env_id: str, label: str, side: str) -> list[tuple[float,
     """Published scores to compare with: mean return of one agent, and whose. The labels relaxed-..., original-training
     and original-ddpg-training have levels of their own.
     """
-    own = re.match(r"relaxed|original(-ddpg)?-training$", label)
+    own = re.match(r"relaxed|original\S*-training$", label)
     return [
         (value, whose)
         for kind, game, start, of, value, whose, _ in LEVELS
