@@ -208,8 +208,8 @@ LEVELS = [
 
 
 def levels(script: str, env_id: str, label: str, side: str) -> list[tuple[float, str]]:
-    """Published scores to compare with: mean return of one agent, and whose. The labels relaxed-..., original-training
-    and original-ddpg-training have levels of their own.
+    """Published scores to compare with: mean return of one agent, and whose. The labels relaxed-... and
+    original-...training have levels of their own.
     """
     own = re.match(r"relaxed|original\S*-training$", label)
     return [
