@@ -99,6 +99,7 @@ RESULTS = """
     marks     continuous simple_tag_v3              adversary 1M   random-prey
     marks     continuous simple_tag_v3              adversary 1M   random-prey-gamma-0.95
     marks     discrete   simple_tag_v3              adversary 1M   random-prey
+    marks     discrete   simple_tag_v3              adversary 1M   random-prey-gamma-0.95
     marks     continuous simple_spread_v3           agent     600k default-600k
     gamma     continuous simple_spread_v3           agent     600k gamma-0.95
     marks     discrete   simple_spread_v3           agent     600k default-600k
@@ -153,7 +154,7 @@ def test_tables_of_the_readme_are_those_of_the_rows():
         for *about, steps, labels in (line.split(maxsplit=5) for line in expected.strip().splitlines()):
             for label in labels.split():
                 returns = final_returns(*about, steps, label)
-                quantile = {3: 4.302653, 5: 2.776445}[len(returns)]  # of Student's t at 97.5%, n - 1 degrees of freedom
+                quantile = {3: 4.302653, 4: 3.182446, 5: 2.776445}[len(returns)]  # of Student's t at 97.5%, n - 1 degrees of freedom
                 half = quantile * statistics.stdev(returns) / len(returns) ** 0.5
                 exact += [statistics.fmean(returns) + x for x in (0, -half, half)]
         for cell, value in zip(cells, exact, strict=True):
