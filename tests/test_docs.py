@@ -154,7 +154,8 @@ def test_tables_of_the_readme_are_those_of_the_rows():
         for *about, steps, labels in (line.split(maxsplit=5) for line in expected.strip().splitlines()):
             for label in labels.split():
                 returns = final_returns(*about, steps, label)
-                quantile = {3: 4.302653, 4: 3.182446, 5: 2.776445}[len(returns)]  # of Student's t at 97.5%, n - 1 degrees of freedom
+                # Of Student's t at 97.5%, n - 1 degrees of freedom
+                quantile = {3: 4.302653, 4: 3.182446, 5: 2.776445}[len(returns)]
                 half = quantile * statistics.stdev(returns) / len(returns) ** 0.5
                 exact += [statistics.fmean(returns) + x for x in (0, -half, half)]
         for cell, value in zip(cells, exact, strict=True):
@@ -180,6 +181,28 @@ def test_differences_on_a_gpu_and_of_both_are_those_of_the_rows():
                     mean = statistics.fmean(found)
                     bold = "**" if abs(mean) > half else ""
                     assert cell == f"{bold}{mean:+.2f}{bold} ({mean - half:+.2f} to {mean + half:+.2f})"
+
+
+def test_the_original_codes_curves_are_those_of_the_rows():
+    """README's table of parity: rows "here", means and intervals of three seeds, after 625k and 1.5M steps."""
+    labels = {
+        ("MADDPG", "128", "the original's"): ("original", "original-128-training"),
+        ("MADDPG", "64", "the original's"): ("original", "original-training"),
+        ("MADDPG", "64", "mpe2's"): ("parity", "relaxed-training"),
+        ("DDPG", "64", "mpe2's"): ("parity", "relaxed-ddpg-training"),
+    }
+    page = (REPOSITORY / "README.md").read_text()
+    rows = re.findall(r"^\| here, (\w+) \| (\d+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
+    assert {tuple(about) for *about, _, _ in rows} == labels.keys()
+    for *about, early, late in rows:
+        table, label = labels[tuple(about)]
+        for cell, at in (early, "625000"), (late, "1500000"):
+            with open(REPOSITORY / f"benchmark/results/{table}.csv") as file:
+                found = [row for row in csv.DictReader(file) if (row["label"], row["global_step"]) == (label, at)]
+            returns = [float(row["episodic_return"]) for row in found if row["agent"] == "sum"]
+            returns = [(value / 3 + 75) / 2 for value in returns] if table == "original" else returns
+            mean, half = statistics.fmean(returns), 4.302653 * statistics.stdev(returns) / 3**0.5
+            assert len(returns) == 3 and cell == f"{mean:.1f} ({mean - half:.1f} to {mean + half:.1f})"
 
 
 def test_what_the_original_environment_is_worth():
