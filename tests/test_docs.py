@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import functools
 import io
 import re
 import shutil
@@ -131,15 +132,21 @@ VERSUS_DDPG = """
 """
 
 
+@functools.cache
+def rows_of(table):
+    """The rows of a table of benchmark/results, as dictionaries of text."""
+    with open(REPOSITORY / f"benchmark/results/{table}.csv") as file:
+        return list(csv.DictReader(file))
+
+
 def final_returns(table, script, game, side, steps, label):
     """In the order of seeds: the mean over the side's agents, 1,000 episodes at the end of a run."""
     returns = {}
     at = str(round(float(steps[:-1]) * {"k": 1_000, "M": 1_000_000}[steps[-1]]))
-    with open(REPOSITORY / f"benchmark/results/{table}.csv") as file:
-        for row in csv.DictReader(file):
-            of_run = row["script"], row["env_id"], row["label"], row["global_step"], row["episodes"]
-            if of_run == (f"maddpg_{script}.py", game, label, at, "1000") and row["agent"].startswith(side):
-                returns.setdefault(row["seed"], []).append(float(row["episodic_return"]))
+    for row in rows_of(table):
+        of_run = row["script"], row["env_id"], row["label"], row["global_step"], row["episodes"]
+        if of_run == (f"maddpg_{script}.py", game, label, at, "1000") and row["agent"].startswith(side):
+            returns.setdefault(row["seed"], []).append(float(row["episodic_return"]))
     return [statistics.fmean(returns[seed]) for seed in sorted(returns)]
 
 
@@ -161,6 +168,91 @@ def test_tables_of_the_readme_are_those_of_the_rows():
         for cell, value in zip(cells, exact, strict=True):
             decimals = len(cell.partition(".")[2])
             assert float(cell) == pytest.approx(value, abs=0.501 * 10**-decimals)
+
+
+def readme_table(start):
+    """The cells of the README's table whose head begins so, a list for each of its rows."""
+    table = re.search(rf"^{re.escape(start)}.*\n\|[-|]+\n((?:\|.*\n)+)", (REPOSITORY / "README.md").read_text(), re.M)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+
+
+def test_maddpg_against_ddpg_is_that_of_the_rows():
+    """README: trained together, three runs; and in cross-play. Intervals of the adversary, means of both."""
+    labels = {
+        "MADDPGMADDPG": "default",
+        "MADDPGDDPG": "ddpg-agent",
+        "DDPGMADDPG": "ddpg-adversary",
+        "DDPGDDPG": "ddpg-both",
+    }
+    pairs = {(row["env_id"], row["side"], row["first"], row["second"]): row for row in rows_of("crossplay_pairs")}
+    table = readme_table("| game | adversary | together")
+    assert len(table) == 6
+    for game, adversary, *cells in table:
+        for cell, agents in zip(cells[:2], ("MADDPG", "DDPG"), strict=True):
+            about = "crossplay", "discrete", game
+            ours, theirs = (
+                final_returns(*about, side, "300k", labels[adversary + agents]) for side in ("adversary", "agent")
+            )
+            mean, half = statistics.fmean(ours), 4.302653 * statistics.stdev(ours) / 3**0.5
+            expected = f"{mean:.1f} ({mean - half:.1f} to {mean + half:.1f}), {statistics.fmean(theirs):.1f}"
+            assert len(ours) == 3 and cell == expected
+        for cell, agents in zip(cells[2:], ("MADDPG", "DDPG"), strict=True):
+            ours, theirs = (pairs[game, side, adversary.lower(), agents.lower()] for side in ("adversary", "agent"))
+            mean, low, high = (float(ours[name]) for name in ("episodic_return", "low", "high"))
+            assert cell == f"{mean:.1f} ({low:.1f} to {high:.1f}), {float(theirs['episodic_return']):.1f}"
+
+
+def test_predators_of_a_random_prey_are_those_of_the_rows():
+    """README: scripted, trained and planned; what a discount of 0.95 gains, seed by seed; whose values gain what."""
+    page = " ".join((REPOSITORY / "README.md").read_text().split())
+    (_, *push), (_, *aim), (_, *trained), (_, *longer), (_, _, planned) = readme_table("| predators | continuous")
+    for n, script in enumerate(("continuous", "discrete")):
+        scripted = [row for row in rows_of("chasers") if row["script"] == f"maddpg_{script}.py"]
+        by_lead = {float(row["lead"]): float(row["episodic_return"]) for row in scripted}
+        about = "marks", script, "simple_tag_v3", "adversary", "1M"
+        plain, of_longer = (final_returns(*about, f"random-prey{label}") for label in ("", "-gamma-0.95"))
+        figures = by_lead[0], max(by_lead.values()), statistics.fmean(plain), statistics.fmean(of_longer)
+        for cell, figure in zip((push[n], aim[n], trained[n], longer[n]), figures, strict=True):
+            assert float(cell) == pytest.approx(figure, abs=0.0501)
+        gains = [value - other for value, other in zip(of_longer, plain, strict=False)]
+        number, quantile = {4: ("four", 3.182446), 5: ("five", 2.776445)}[len(gains)]
+        mean, half = statistics.fmean(gains), quantile * statistics.stdev(gains) / len(gains) ** 0.5
+        assert min(gains) > 0 and f"with each of {number} seeds, {mean:.1f}" in page
+        assert any(f"{mean - half:{sign}.1f} to {mean + half:{sign}.1f}" in page for sign in ("", "+"))
+    assert float(planned) == pytest.approx(float(rows_of("planner")[0]["episodic_return"]), abs=0.0501)
+    values = "none", "rollouts", "critics", "fitted actors, 4"
+    for value, (_, cell) in zip(values, readme_table("| the worth of an action"), strict=True):
+        found = [float(row["episodic_return"]) for row in rows_of("improvement") if row["values"] == value]
+        for shown, figure in zip(cell.split(" to "), (min(found), max(found)), strict=True):
+            assert len(found) == 4 and float(shown) == pytest.approx(figure, abs=0.0501)
+
+
+def test_what_the_returns_mean_is_that_of_the_rows():
+    """README: distances, collisions and touches, means over the runs of five seeds."""
+    means = {}
+    for row in rows_of("physical"):
+        run = row["script"], row["total_timesteps"], row["quantity"]
+        means.setdefault(run, []).append(float(row["value"]))
+    means = {run: statistics.fmean(values) for run, values in means.items() if len(values) == 5}
+    page = " ".join((REPOSITORY / "README.md").read_text().split())
+    found = re.search(
+        r"sum up to ([\d.]+) an episode \(([\d.]+) .*?; discrete ([\d.]+)\), "
+        r"with ([\d.]+) collisions \(discrete ([\d.]+)\)"
+        r".*?after 1.5M steps to ([\d.]+), with ([\d.]+), discrete after 2M to ([\d.]+), with ([\d.]+)\."
+        r".*?touch a random prey ([\d.]+) times an episode, with discrete actions ([\d.]+):",
+        page,
+    )
+    continuous, discrete = "maddpg_continuous.py", "maddpg_discrete.py"
+    runs = (
+        *((script, "600000", quantity) for quantity in ("distance", "collisions") for script in (continuous, discrete)),
+        *((continuous, "1500000", quantity) for quantity in ("distance", "collisions")),
+        *((discrete, "2000000", quantity) for quantity in ("distance", "collisions")),
+        *((script, "1000000", "touches") for script in (continuous, discrete)),
+    )
+    figures = [means[run] for run in runs]
+    figures.insert(1, figures[0] / 75)
+    for shown, figure in zip(found.groups(), figures, strict=True):
+        assert float(shown) == pytest.approx(figure, abs=0.501 * 10 ** -len(shown.partition(".")[2]))
 
 
 def test_differences_on_a_gpu_and_of_both_are_those_of_the_rows():
@@ -197,8 +289,7 @@ def test_the_original_codes_curves_are_those_of_the_rows():
     for *about, early, late in rows:
         table, label = labels[tuple(about)]
         for cell, at in (early, "625000"), (late, "1500000"):
-            with open(REPOSITORY / f"benchmark/results/{table}.csv") as file:
-                found = [row for row in csv.DictReader(file) if (row["label"], row["global_step"]) == (label, at)]
+            found = [row for row in rows_of(table) if (row["label"], row["global_step"]) == (label, at)]
             returns = [float(row["episodic_return"]) for row in found if row["agent"] == "sum"]
             returns = [(value / 3 + 75) / 2 for value in returns] if table == "original" else returns
             mean, half = statistics.fmean(returns), 4.302653 * statistics.stdev(returns) / 3**0.5
@@ -208,9 +299,8 @@ def test_the_original_codes_curves_are_those_of_the_rows():
 def test_what_the_original_environment_is_worth():
     """README: 0.8 to each agent of the same policies, both times; there a return is 6 times mpe2's less 75."""
     returns = {}
-    with open(REPOSITORY / "benchmark/results/lag.csv") as file:
-        for row in csv.DictReader(file):
-            returns.setdefault((row["label"], row["environment"]), []).append(float(row["episodic_return"]))
+    for row in rows_of("lag"):
+        returns.setdefault((row["label"], row["environment"]), []).append(float(row["episodic_return"]))
     for label in {label for label, _ in returns}:
         original, mpe2 = (statistics.fmean(returns[label, environment]) for environment in ("original", "mpe2"))
         assert (original + 75) / 6 - mpe2 == pytest.approx(0.8, abs=0.06)
@@ -220,10 +310,9 @@ def test_what_the_original_environment_is_worth():
 def test_the_target_actors_of_every_run_have_more():
     """docs/ablations.md: in each of 21 runs, the same networks played both ways."""
     returns = {}
-    with open(REPOSITORY / "benchmark/results/averaged.csv") as file:
-        for row in csv.DictReader(file):
-            run = row["script"], row["env_id"], row["label"], row["seed"]
-            returns.setdefault(run, {"online": 0.0, "target": 0.0})[row["actor"]] += float(row["episodic_return"])
+    for row in rows_of("averaged"):
+        run = row["script"], row["env_id"], row["label"], row["seed"]
+        returns.setdefault(run, {"online": 0.0, "target": 0.0})[row["actor"]] += float(row["episodic_return"])
     assert len(returns) == 21 and "In\neach of 21 runs" in (REPOSITORY / "docs/ablations.md").read_text()
     assert all(of_run["target"] > of_run["online"] for of_run in returns.values())
 
