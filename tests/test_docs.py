@@ -279,6 +279,7 @@ def test_the_original_codes_curves_are_those_of_the_rows():
     """README's table of parity: rows "here", means and intervals of three seeds, after 625k and 1.5M steps."""
     labels = {
         ("MADDPG", "128", "the original's"): ("original", "original-128-training"),
+        ("MADDPG", "128", "mpe2's"): ("parity", "relaxed-128-training"),
         ("MADDPG", "64", "the original's"): ("original", "original-training"),
         ("MADDPG", "64", "mpe2's"): ("parity", "relaxed-training"),
         ("DDPG", "64", "mpe2's"): ("parity", "relaxed-ddpg-training"),
