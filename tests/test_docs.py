@@ -162,7 +162,7 @@ def test_tables_of_the_readme_are_those_of_the_rows():
             for label in labels.split():
                 returns = final_returns(*about, steps, label)
                 # Of Student's t at 97.5%, n - 1 degrees of freedom
-                quantile = {3: 4.302653, 4: 3.182446, 5: 2.776445}[len(returns)]
+                quantile = {3: 4.302653, 5: 2.776445}[len(returns)]
                 half = quantile * statistics.stdev(returns) / len(returns) ** 0.5
                 exact += [statistics.fmean(returns) + x for x in (0, -half, half)]
         for cell, value in zip(cells, exact, strict=True):
@@ -214,10 +214,9 @@ def test_predators_of_a_random_prey_are_those_of_the_rows():
         figures = by_lead[0], max(by_lead.values()), statistics.fmean(plain), statistics.fmean(of_longer)
         for cell, figure in zip((push[n], aim[n], trained[n], longer[n]), figures, strict=True):
             assert float(cell) == pytest.approx(figure, abs=0.0501)
-        gains = [value - other for value, other in zip(of_longer, plain, strict=False)]
-        number, quantile = {4: ("four", 3.182446), 5: ("five", 2.776445)}[len(gains)]
-        mean, half = statistics.fmean(gains), quantile * statistics.stdev(gains) / len(gains) ** 0.5
-        assert min(gains) > 0 and f"with each of {number} seeds, {mean:.1f}" in page
+        gains = [value - other for value, other in zip(of_longer, plain, strict=True)]
+        mean, half = statistics.fmean(gains), 2.776445 * statistics.stdev(gains) / 5**0.5
+        assert min(gains) > 0 and f"with each of five seeds, {mean:.1f}" in page
         assert any(f"{mean - half:{sign}.1f} to {mean + half:{sign}.1f}" in page for sign in ("", "+"))
     assert float(planned) == pytest.approx(float(rows_of("planner")[0]["episodic_return"]), abs=0.0501)
     values = "none", "rollouts", "critics", "fitted actors, 4"
