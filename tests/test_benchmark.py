@@ -47,7 +47,10 @@ def programs(monkeypatch):
 
 def command(folder, *lists, **kwargs):
     words = [sys.executable, BENCHMARK / "sweep.py", *lists, "--folder", folder / "runs", "--results", folder]
-    return subprocess.Popen([*map(str, words), "--poll", "0.5", "--parallel", "1"], text=True, **kwargs)
+    words += ["--poll", "0.5", "--parallel", "1"]
+    # A shell's background job ignores Ctrl-C, and so would what it starts
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(list(map(str, words)), text=True, preexec_fn=heed, **kwargs)
 
 
 def rows(path):
