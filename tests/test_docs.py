@@ -161,8 +161,7 @@ def test_tables_of_the_readme_are_those_of_the_rows():
         for *about, steps, labels in (line.split(maxsplit=5) for line in expected.strip().splitlines()):
             for label in labels.split():
                 returns = final_returns(*about, steps, label)
-                # Of Student's t at 97.5%, n - 1 degrees of freedom
-                quantile = {3: 4.302653, 5: 2.776445}[len(returns)]
+                quantile = {3: 4.302653, 5: 2.776445}[len(returns)]  # of Student's t at 97.5%, n - 1 degrees of freedom
                 half = quantile * statistics.stdev(returns) / len(returns) ** 0.5
                 exact += [statistics.fmean(returns) + x for x in (0, -half, half)]
         for cell, value in zip(cells, exact, strict=True):
